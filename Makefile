@@ -1,0 +1,44 @@
+.DEFAULT_GOAL := help
+.PHONY: help run demo test check docs
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+# $(call prepare,extra,stamps): the environment with that extra, from the tested versions.
+define prepare
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "Python 3.11 or later is needed; $(PYTHON) is older. Name another: make PYTHON=python3.12" >&2; exit 1; }
+@echo "Preparing .venv (first time and after changes to pyproject.toml or constraints.txt; about a minute) ..."
+@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(1)]'
+@touch $(2)
+endef
+
+# Two stamps, so that a first `make demo` does not wait for test tools; the larger set includes the smaller.
+.venv/.ready-to-run: pyproject.toml constraints.txt
+	$(call prepare,example,.venv/.ready-to-run)
+
+.venv/.ready-to-develop: pyproject.toml constraints.txt
+	$(call prepare,dev,.venv/.ready-to-run .venv/.ready-to-develop)
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: .venv/.ready-to-run ## Migrate and serve the example on 127.0.0.1:8000 (HOST, PORT, DATABASE_URL change that)
+	@$(BIN)/python -m example_service.app.main
+
+demo: .venv/.ready-to-run ## Start the example on a free port, walk its requests, stop it; fails on a wrong answer
+	@$(BIN)/python -m example_service.demo
+
+test: .venv/.ready-to-develop ## Run all tests with branch coverage (REQUIRE_BACKENDS=postgres,... fails where one is missing)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --cov --cov-report term-missing:skip-covered
+
+check: .venv/.ready-to-develop ## Lint, formatting, types (mypy strict) and the architecture's import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+docs: .venv/.ready-to-develop ## Run the code blocks of README.md and docs/ (they are part of `make test` too)
+	@$(BIN)/python -m pytest tests/docs

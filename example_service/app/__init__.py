@@ -1,0 +1,1 @@
+"""The service, floor by floor: domain, application, infrastructure, api."""

@@ -1,0 +1,42 @@
+"""What endpoints are given: users on the session for reading, users in a unit of work for writing."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import Depends
+
+from example_service.app.core.database import get_db
+from example_service.app.infrastructure.repositories.postgres_user_repository import PostgresUserRepository
+from example_service.app.infrastructure.repositories.user_repository import UserRepository
+from fastapi_building_blocks.infrastructure import DatabaseSession, UnitOfWork
+
+Database = Annotated[DatabaseSession, Depends(get_db)]
+
+
+async def get_unit_of_work(database: Database) -> AsyncIterator[UnitOfWork]:
+    """Give a request its unit of work."""
+    async with UnitOfWork(database) as unit:
+        yield unit
+
+
+# With this scope it commits before the response is sent: a COMMIT that fails is a problem, not a 201.
+UnitOfWorkDep = Annotated[UnitOfWork, Depends(get_unit_of_work, scope="function")]
+
+
+def user_repository(session: DatabaseSession) -> UserRepository:
+    """Return the repository that suits the database: the one place that looks which one it is."""
+    if session.dialect_name == "postgresql":
+        return PostgresUserRepository(session)
+    return UserRepository(session)
+
+
+async def _users(database: Database) -> UserRepository:
+    return user_repository(database)
+
+
+async def _users_in_unit(unit: UnitOfWorkDep) -> UserRepository:
+    return user_repository(unit)
+
+
+Users = Annotated[UserRepository, Depends(_users)]
+UsersInUnit = Annotated[UserRepository, Depends(_users_in_unit, scope="function")]

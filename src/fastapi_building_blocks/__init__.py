@@ -1,0 +1,1 @@
+"""The data layer of a FastAPI service: sessions, units of work, repositories."""

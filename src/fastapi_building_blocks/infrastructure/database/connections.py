@@ -1,0 +1,342 @@
+"""The connection pool: fair, capped, and cheap to borrow from without a greenlet.
+
+``ConnectionPool`` is an ordinary SQLAlchemy pool, so ``session.engine`` shares it, but it also lends a
+connection directly (``take``/``acquire``/``release``) for the path that runs statements on the driver.
+Three rules keep it honest:
+
+- Only live connections are idle in it: one that broke leaves the pool and frees its place, so that a
+  borrower never has to reconnect on the way.
+- Whoever waits longest is served first; a returned connection is handed over directly.
+- After one connection was found broken, those opened before it are distrusted and replaced.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection
+from sqlalchemy.util import await_, greenlet_spawn
+
+from fastapi_building_blocks.domain.errors import PoolTimeoutError
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT = 2.0
+_RECOVER_TIMEOUT = 5.0
+_SPARE_LINGER = 30.0
+"""Seconds that connections beyond ``pool_size`` stay open unused: opening one costs more than keeping it."""
+
+
+class PooledConnection(PoolProxiedConnection):
+    """One connection of the pool, with the driver's own object at hand; SQLAlchemy can run on it as well."""
+
+    __slots__ = ("_record", "dbapi_connection", "driver", "epoch", "intact", "valid")
+
+    dbapi_connection: Any
+
+    def __init__(self, record: ConnectionPoolEntry, epoch: int) -> None:
+        self._record = record
+        self.dbapi_connection = record.dbapi_connection
+        self.driver: Any = record.driver_connection
+        self.epoch = epoch
+        self.valid = True
+        self.intact = True
+        """False once statements of unknown content ran on it: its transaction state is checked on return."""
+
+    @property
+    def driver_connection(self) -> Any:  # type: ignore[override]  # SQLAlchemy's own is a property as well
+        return self.driver
+
+    @property
+    def record(self) -> ConnectionPoolEntry:
+        return self._record
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self._record.info
+
+    @property
+    def record_info(self) -> dict[str, Any] | None:
+        return self._record.record_info
+
+    @property
+    def is_valid(self) -> bool:
+        return self.valid
+
+    @property
+    def is_detached(self) -> bool:
+        return False
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        if e is None or isinstance(e, Exception):
+            self.valid = False  # the borrower discards it; what was merely cancelled is recovered if it can be
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dbapi_connection.cursor(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dbapi_connection, name)
+
+
+class ConnectionPool(AsyncAdaptedQueuePool):
+    """At most ``pool_size + max_overflow`` connections, lent first come first served.
+
+    The session sets what only its dialect knows: ``is_dead`` (does the driver know that a connection is
+    gone?), ``in_transaction`` (was a transaction left open?), ``recover`` (make an interrupted connection
+    usable again, or answer False) and ``connect_timeout`` (seconds). It lends nothing before ``reopen``.
+    """
+
+    is_dead: Callable[[Any], bool]
+    in_transaction: Callable[[PooledConnection], bool]
+    recover: Callable[[PooledConnection], Awaitable[bool]]
+    connect_timeout: float = 5.0
+
+    def __init__(
+        self, creator: Any, pool_size: int = 5, max_overflow: int = 10, timeout: float = 5.0, **arguments: Any
+    ) -> None:
+        Pool.__init__(self, creator, **arguments)
+        self._size = pool_size
+        self._timeout = timeout
+        self._limit = pool_size + max_overflow
+        self._idle: deque[PooledConnection] = deque()
+        self._open = 0  # live connections, and places reserved for those being opened or closed
+        self._waiters: deque[asyncio.Future[PooledConnection | None]] = deque()
+        self._epoch = 0
+        self._closed = True
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._trimmer: asyncio.TimerHandle | None = None
+        self._least_idle = 0
+
+    # Borrowing
+
+    def take(self) -> PooledConnection | None:
+        """Return an idle connection, the one used last, or None: then ``acquire``."""
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if not self.is_dead(connection.driver):
+                if len(idle) < self._least_idle:
+                    self._least_idle = len(idle)
+                return connection
+            self.discard(connection)
+        return None
+
+    async def acquire(self) -> PooledConnection:
+        """Return a connection: an idle one, a new one, or the next that is returned.
+
+        Raises:
+            PoolTimeoutError: none became free within the pool timeout (seconds).
+            TimeoutError: a new one could not be opened within the connect timeout (seconds).
+        """
+        self.check_open()
+        connection = self.take()
+        if connection is not None:
+            return connection
+        if self._open < self._limit:
+            self._open += 1
+            return await self._open_one()
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[PooledConnection | None] = loop.create_future()
+        self._waiters.append(waiter)
+        expiry = loop.call_later(self._timeout, self._expire, waiter)
+        try:
+            connection = await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._pass_on(waiter.result())  # it was served and cancelled in the same moment
+            raise
+        finally:
+            expiry.cancel()
+        return connection if connection is not None else await self._open_one()
+
+    def check_open(self) -> None:
+        """Raise RuntimeError unless connections are lent."""
+        if self._closed:
+            raise RuntimeError("the session is not connected; await session.connect() first")
+
+    def release(self, connection: PooledConnection) -> None:
+        """Give a healthy connection back, to whoever waits longest."""
+        if connection.epoch != self._epoch or not connection.valid or self._closed:
+            self.discard(connection)
+            return
+        if not connection.intact:
+            if self.in_transaction(connection):
+                self.mend(connection)
+                return
+            connection.intact = True
+        waiters = self._waiters
+        while waiters:
+            waiter = waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(connection)
+                return
+        self._idle.append(connection)
+        if self._trimmer is None and len(self._idle) > self._size:
+            self._least_idle = len(self._idle)
+            self._trimmer = asyncio.get_running_loop().call_later(_SPARE_LINGER, self._trim)
+
+    def discard(self, connection: PooledConnection, *, distrust: bool = False) -> None:
+        """Close a connection in the background and free its place; with ``distrust``, doubt the others as well."""
+        if distrust:
+            self.distrust(connection)
+        self.in_background(self._close(connection))
+
+    def mend(self, connection: PooledConnection) -> None:
+        """Take back a connection whose call was interrupted; it is lent again only once it is known to be sound."""
+        self.in_background(self._recover(connection))
+
+    def distrust(self, connection: PooledConnection) -> None:
+        """Replace every connection that was opened before ``connection`` broke."""
+        if connection.epoch == self._epoch:
+            self._epoch += 1
+            while self._idle:
+                self.discard(self._idle.pop())
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run housekeeping that nobody waits for; ``drain`` does."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self) -> None:
+        """Close what is idle, refuse who waits, and have what is still lent closed on its return."""
+        self._closed = True
+        if self._trimmer is not None:
+            self._trimmer.cancel()
+            self._trimmer = None
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(RuntimeError("the session was disconnected"))
+        while self._idle:
+            self.discard(self._idle.pop())
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
+    def reopen(self) -> None:
+        """Lend connections, until ``drain``."""
+        self._closed = False
+
+    async def _open_one(self) -> PooledConnection:
+        try:
+            async with asyncio.timeout(self.connect_timeout):
+                record = await greenlet_spawn(self._create_connection)
+        except BaseException:
+            self._free_place()
+            raise
+        return self._wrap(record)
+
+    def _wrap(self, record: ConnectionPoolEntry) -> PooledConnection:
+        connection: PooledConnection | None = record.info.get("pooled")
+        if connection is None or connection.dbapi_connection is not record.dbapi_connection:
+            connection = record.info["pooled"] = PooledConnection(record, self._epoch)
+        return connection
+
+    def _expire(self, waiter: "asyncio.Future[PooledConnection | None]") -> None:
+        if not waiter.done():
+            self._waiters.remove(waiter)
+            waiter.set_exception(
+                PoolTimeoutError(f"no database connection became free within {self._timeout:g} seconds")
+            )
+
+    def _pass_on(self, connection: PooledConnection | None) -> None:
+        if connection is None:
+            self._free_place()
+        else:
+            self.release(connection)
+
+    def _free_place(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)  # the place goes to the one that waits longest, who opens a connection
+                return
+        self._open -= 1
+
+    async def _close(self, connection: PooledConnection) -> None:
+        connection.valid = False
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                await greenlet_spawn(connection.record.invalidate)
+        except Exception:
+            logger.debug("a connection did not close cleanly", exc_info=True)
+        finally:
+            if connection.record.dbapi_connection is not None:
+                connection.record.invalidate()  # outside a greenlet the driver drops it without a word
+            self._free_place()
+
+    async def _recover(self, connection: PooledConnection) -> None:
+        sound = False
+        try:
+            async with asyncio.timeout(_RECOVER_TIMEOUT):
+                sound = connection.valid and await self.recover(connection)
+        except Exception:
+            logger.debug("an interrupted connection could not be recovered", exc_info=True)
+        finally:
+            if sound:
+                connection.intact = True
+                self.release(connection)
+            else:
+                await self._close(connection)
+
+    def _trim(self) -> None:
+        """Close the connections beyond ``pool_size`` that were idle all the time since the last look."""
+        self._trimmer = None
+        for _ in range(min(self._least_idle, len(self._idle) - self._size)):
+            self.discard(self._idle.popleft())
+        self._least_idle = len(self._idle)
+        if len(self._idle) > self._size:
+            self._trimmer = asyncio.get_running_loop().call_later(_SPARE_LINGER, self._trim)
+
+    # SQLAlchemy's side: always called within a greenlet
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        connection = self.take() or await_(self.acquire())
+        return connection.record
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if record.dbapi_connection is None:
+            self._free_place()
+        else:
+            connection = self._wrap(record)
+            connection.intact = False
+            self.release(connection)
+
+    def _invalidate(
+        self, connection: PoolProxiedConnection, exception: BaseException | None = None, _checkin: bool = True
+    ) -> None:
+        pooled = connection if isinstance(connection, PooledConnection) else connection.info.get("pooled")
+        if pooled is not None:
+            self.distrust(pooled)
+        if _checkin and connection.is_valid:
+            connection.invalidate(exception)
+
+    def dispose(self) -> None:
+        while self._idle:
+            connection = self._idle.pop()
+            connection.record.close()
+            self._free_place()
+
+    def recreate(self) -> "ConnectionPool":
+        return self  # one pool for the session's whole life, whoever disposes of the engine
+
+    def size(self) -> int:
+        return self._size
+
+    def checkedin(self) -> int:
+        return len(self._idle)
+
+    def checkedout(self) -> int:
+        return self._open - len(self._idle)
+
+    def overflow(self) -> int:
+        return self._open - self._size
+
+    def waiting(self) -> int:
+        """How many callers wait for a connection."""
+        return sum(not waiter.done() for waiter in self._waiters)
+
+    def status(self) -> str:
+        return f"{self.checkedout()} lent, {self.checkedin()} idle, {self.waiting()} waiting, at most {self._limit}"

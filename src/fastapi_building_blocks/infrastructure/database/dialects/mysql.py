@@ -1,0 +1,238 @@
+"""MySQL and MariaDB, with aiomysql or asyncmy."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from fastapi_building_blocks.domain.errors import (
+    BuildingBlocksError,
+    ConnectionLostError,
+    ConstraintError,
+    DeadlockError,
+    DuplicateKeyError,
+    ForeignKeyError,
+    InvalidInputError,
+    LockNotAvailableError,
+    SerializationError,
+    StatementTimeoutError,
+    UnsupportedOperationError,
+)
+from fastapi_building_blocks.domain.query import Operator
+from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
+
+from .portable import Failure, PortableDialect, Row
+
+# https://mariadb.com/kb/en/mariadb-error-code-reference/ and
+# https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+_BY_CODE: dict[int, type[BuildingBlocksError]] = {
+    1062: DuplicateKeyError,
+    1586: DuplicateKeyError,
+    1216: ForeignKeyError,
+    1217: ForeignKeyError,
+    1451: ForeignKeyError,
+    1452: ForeignKeyError,
+    1048: ConstraintError,
+    1364: ConstraintError,
+    1406: ConstraintError,
+    1264: ConstraintError,
+    1690: ConstraintError,
+    3819: ConstraintError,
+    4025: ConstraintError,
+    1292: InvalidInputError,
+    1366: InvalidInputError,
+    1213: DeadlockError,
+    1205: DeadlockError,
+    1020: SerializationError,
+    3572: LockNotAvailableError,
+    1792: UnsupportedOperationError,
+    1969: StatementTimeoutError,
+    3024: StatementTimeoutError,
+    1317: StatementTimeoutError,
+    1040: ConnectionLostError,
+    1053: ConnectionLostError,
+    1158: ConnectionLostError,
+    1159: ConnectionLostError,
+    1160: ConnectionLostError,
+    1161: ConnectionLostError,
+    1927: ConnectionLostError,
+    2002: ConnectionLostError,
+    2003: ConnectionLostError,
+    2006: ConnectionLostError,
+    2013: ConnectionLostError,
+    2014: ConnectionLostError,
+    2055: ConnectionLostError,
+    4031: ConnectionLostError,
+}
+_LOCK_WAIT_TIMEOUT = 1205
+_SUBQUERY_RETURNS_MORE_THAN_ONE_ROW = 1242
+_TWO_ROWS = "(SELECT 1 UNION ALL SELECT 2)"
+_BAD_NULL, _NO_DEFAULT, _TOO_LONG, _OUT_OF_RANGE = 1048, 1364, 1406, 1264
+_SERVER_STATUS_IN_TRANSACTION = 1
+
+
+class MySQLDialect(PortableDialect):
+    """MySQL and MariaDB through any driver's adapted cursor."""
+
+    name = "mysql"
+    installs = "mysql"
+    upsert_style = "on duplicate key"
+    largest_statement = 60_000
+    default_isolation = "REPEATABLE READ"
+    is_mariadb = False
+
+    def engine_arguments(self, url: URL) -> dict[str, Any]:
+        return {"connect_args": {"connect_timeout": self.timeouts.connect, "charset": "utf8mb4"}}
+
+    def prepare(self, engine: AsyncEngine) -> None:
+        # Strict mode whatever the server's default: a value that does not fit is refused, never cut.
+        strict = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES')"
+        limit = self.timeouts.statement
+
+        @sa.event.listens_for(engine.sync_engine, "connect")
+        def set_up(dbapi_connection: Any, record: Any) -> None:
+            cursor = dbapi_connection.cursor()
+            cursor.execute("SELECT VERSION()")
+            mariadb = "mariadb" in str(cursor.fetchone()[0]).lower()
+            cursor.execute(strict)
+            if limit is not None:
+                cursor.execute(
+                    f"SET SESSION max_statement_time = {limit:f}"
+                    if mariadb
+                    else f"SET SESSION max_execution_time = {int(limit * 1000)}"
+                )
+            cursor.close()
+
+    def learn(self, engine: AsyncEngine) -> None:
+        dialect: Any = engine.dialect
+        self.is_mariadb = bool(dialect.is_mariadb)
+        self.insert_returning = bool(dialect.insert_returning)
+
+    async def begin(self, connection: PooledConnection, isolation: str | None, read_only: bool) -> None:
+        if isolation:
+            # It holds for the next transaction only; interrupted in between, the connection is closed.
+            await self.command(connection, f"SET TRANSACTION ISOLATION LEVEL {isolation}")
+        await self.command(connection, f"START TRANSACTION{' READ ONLY' if read_only else ''}")
+
+    def in_transaction(self, connection: PooledConnection) -> bool:
+        return bool(connection.driver.server_status & _SERVER_STATUS_IN_TRANSACTION)
+
+    def is_dead(self, driver: Any) -> bool:
+        reader = getattr(driver, "_reader", None)  # aiomysql; asyncmy tells by itself
+        return bool(reader.at_eof()) if reader is not None else not getattr(driver, "connected", False)
+
+    def classify(self, error: BaseException, statement: Any) -> Failure | None:
+        if isinstance(error, OSError | EOFError):
+            return Failure(ConnectionLostError)
+        code = error.args[0] if error.args else None
+        if not isinstance(code, int):
+            return Failure(ConnectionLostError) if type(error).__name__ == "InterfaceError" else None
+        message = str(error.args[1]) if len(error.args) > 1 else ""
+        if code == _LOCK_WAIT_TIMEOUT and getattr(statement, "lock", None) == "nowait":
+            return Failure(LockNotAvailableError)  # MariaDB has no code of its own for NOWAIT
+        if code == _SUBQUERY_RETURNS_MORE_THAN_ONE_ROW and getattr(statement, "guards_upsert", False):
+            return Failure(DuplicateKeyError)
+        kind = _BY_CODE.get(code)
+        if kind is None:
+            return None
+        if kind is DuplicateKeyError:
+            return Failure(kind, _last_quoted(message).rpartition(".")[2])
+        if code in (_BAD_NULL, _NO_DEFAULT, _TOO_LONG, _OUT_OF_RANGE):
+            return Failure(kind, columns=(_first_quoted(message),))
+        return Failure(kind)
+
+    def text_operand(self, operator: Operator, text: str | None) -> str | None:
+        return super().text_operand(operator, text) if operator is Operator.STARTS_WITH else text
+
+    def text_search(self, operator: Operator, column: Any, operand: Any) -> Any:
+        # As bytes: the column's collation would also match other case and other accents.
+        if operator is Operator.STARTS_WITH:
+            return _bytes(column).like(_bytes(operand), escape="\\")
+        if operator is Operator.ICONTAINS:
+            column, operand = sa.func.lower(column), sa.func.lower(operand)
+        return sa.func.locate(_bytes(operand), _bytes(column)) > 0
+
+    def upsert(
+        self, table: sa.Table, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
+    ) -> Any:
+        insert = mysql.insert(table).values(row)
+        same = sa.and_(*[table.columns[name].op("<=>")(insert.inserted[name]) for name in on])
+        guarded = table.columns[on[0]]
+        # ON DUPLICATE KEY takes any unique key for a match. Where it is not the one that was meant, the guard
+        # makes the statement fail, so that another row is never overwritten.
+        changes: list[tuple[str, Any]] = [(guarded.name, sa.func.if_(same, guarded, sa.text(_TWO_ROWS)))]
+        changes += [(table.columns[name].name, insert.inserted[name]) for name in written]
+        if version is not None:
+            changes.append((table.columns[version].name, table.columns[version] + sa.literal_column("1")))
+        return insert.on_duplicate_key_update(changes)
+
+    def estimate(self, table: sa.Table) -> Any:
+        schema = ":schema" if table.schema else "DATABASE()"
+        query = sa.text(
+            "SELECT table_rows FROM information_schema.tables "  # noqa: S608 - the schema is a parameter
+            f"WHERE table_schema = {schema} AND table_name = :name"
+        )
+        return query.bindparams(name=table.name, **({"schema": table.schema} if table.schema else {}))
+
+
+def _bytes(text: Any) -> Any:
+    return sa.cast(text, sa.LargeBinary)
+
+
+def _first_quoted(message: str) -> str:
+    return message.partition("'")[2].partition("'")[0]
+
+
+def _last_quoted(message: str) -> str:
+    return message.rstrip("'").rpartition("'")[2]
+
+
+class AiomysqlDialect(MySQLDialect):
+    """MySQL and MariaDB on the driver's own connection, without a cursor; asyncmy has the same one."""
+
+    async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
+        driver = connection.driver
+        await driver.query(statement.sql % tuple(map(driver.literal, arguments)))
+        return driver._result.rows or ()
+
+    async def execute(self, connection: PooledConnection, statement: Any, arguments: Any) -> int:
+        driver = connection.driver
+        await driver.query(statement.sql % tuple(map(driver.literal, arguments)))
+        return driver._result.affected_rows  # type: ignore[no-any-return]
+
+    async def insert(self, connection: PooledConnection, statement: Any, arguments: Any) -> Any:
+        driver = connection.driver
+        await driver.query(statement.sql % tuple(map(driver.literal, arguments)))
+        return driver._result.insert_id
+
+    async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        touched = 0
+        for row in rows:
+            touched += await self.execute(connection, statement, row)
+        return touched
+
+    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        cursor = await connection.driver.cursor(connection.dbapi.Cursor)
+        try:
+            await cursor.executemany(statement.sql, rows)  # one INSERT of many VALUES for each packet
+        finally:
+            await cursor.close()
+        return len(rows)
+
+    async def command(self, connection: PooledConnection, sql: str) -> None:
+        await connection.driver.query(sql)
+
+    async def batches(
+        self, connection: PooledConnection, statement: Any, arguments: tuple[Any, int]
+    ) -> AsyncGenerator[Sequence[Row], None]:
+        values, size = arguments
+        cursor = await connection.driver.cursor(connection.dbapi.SSCursor)
+        await cursor.execute(statement.sql, values)
+        try:
+            while rows := await cursor.fetchmany(size):
+                yield rows
+        finally:
+            await cursor.close()  # reads what is left: the protocol has no other way to stop

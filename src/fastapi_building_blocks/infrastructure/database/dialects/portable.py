@@ -1,0 +1,306 @@
+"""What any database can do through SQLAlchemy's adapted cursor; a database's own file says what it does better.
+
+A dialect answers four questions: how a statement runs on a connection, how a transaction begins and ends,
+what its errors mean, and which SQL it needs where databases differ.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util import greenlet_spawn
+
+from fastapi_building_blocks.domain.errors import BuildingBlocksError, UnsupportedOperationError
+from fastapi_building_blocks.domain.query import Operator
+from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
+
+Row = Sequence[Any]
+UpsertStyle = Literal["on conflict", "on duplicate key", "merge"]
+
+_ESCAPE = "\\"
+_LIKE_SPECIALS = str.maketrans({"\\": r"\\", "%": r"\%", "_": r"\_"})
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds; None: no bound."""
+
+    connect: float
+    statement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a driver's error means: the domain's error, and what the database said it is about."""
+
+    error: type[BuildingBlocksError]
+    constraint: str | None = None
+    """The name of the constraint or index, as the database has it."""
+    columns: tuple[str, ...] = ()
+
+
+class PortableDialect:
+    """The portable path, and what standard SQL says."""
+
+    name: ClassVar[str] = "any"
+    installs: ClassVar[str] = "all"
+    """The extra that brings the driver."""
+
+    insert_returning = False
+    update_returning = False
+    upsert_style: UpsertStyle = "merge"
+    nulls_sort_low = True
+    """Whether NULL is smaller than every value where ORDER BY does not say."""
+    nulls_clause = False
+    """Whether ORDER BY understands NULLS FIRST and NULLS LAST."""
+    row_values = False
+    """Whether ``(a, b) > (x, y)`` is understood, and answered from an index."""
+    array_parameters = False
+    """Whether a list may be one parameter: ``= ANY(:values)``."""
+    streams_in_transaction = False
+    """Whether a cursor lives in a transaction only."""
+    counts_by_returning = False
+    """Whether ``execute_many`` counts the rows that RETURNING answers, since the driver does not count."""
+    paging_needs_order = False
+    """Whether OFFSET is needed wherever rows are limited, and ORDER BY with it."""
+    largest_statement = 2000
+    """How many parameters one statement may have."""
+    isolation_levels: ClassVar[frozenset[str]] = frozenset(
+        {"READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"}
+    )
+    default_isolation = "READ COMMITTED"
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self.timeouts = timeouts
+
+    # Connecting
+
+    def engine_arguments(self, url: URL) -> dict[str, Any]:
+        """Return what ``create_async_engine`` is given for this database."""
+        return {}
+
+    def pool_size(self, url: URL, pool_size: int, max_overflow: int) -> tuple[int, int]:
+        """Return the size and overflow of the pool that this database can use."""
+        return pool_size, max_overflow
+
+    def prepare(self, engine: AsyncEngine) -> None:
+        """Register what every new connection needs."""
+
+    def learn(self, engine: AsyncEngine) -> None:
+        """Note what the first connection has told of the server."""
+
+    # Statements
+
+    async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
+        """Run a query and return all rows."""
+        return await greenlet_spawn(self._run, connection, statement.sql, arguments, _fetch_all)
+
+    async def execute(self, connection: PooledConnection, statement: Any, arguments: Any) -> int:
+        """Run a statement and return how many rows it touched."""
+        return await greenlet_spawn(self._run, connection, statement.sql, arguments, _row_count)
+
+    async def insert(self, connection: PooledConnection, statement: Any, arguments: Any) -> Any:
+        """Run an INSERT and return the key that the database generated, where it can say."""
+        return await greenlet_spawn(self._run, connection, statement.sql, arguments, _last_key)
+
+    async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        """Run a statement once for each row of arguments and return how many rows that touched together."""
+        return await greenlet_spawn(self._run_many, connection, statement.sql, rows)
+
+    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        """Insert rows of values in the order of ``statement.columns``, by the fastest way the driver has."""
+        return await self.execute_many(connection, statement, rows)
+
+    async def batches(
+        self, connection: PooledConnection, statement: Any, arguments: tuple[Any, int]
+    ) -> AsyncGenerator[Sequence[Row], None]:
+        """Run a query and yield its rows in batches; the arguments are those of the query and the batch size."""
+        values, size = arguments
+        cursor = await greenlet_spawn(self._open_cursor, connection, statement.sql, values)
+        try:
+            while rows := await greenlet_spawn(cursor.fetchmany, size):
+                yield rows
+        finally:
+            await greenlet_spawn(cursor.close)
+
+    async def command(self, connection: PooledConnection, sql: str) -> None:
+        """Run a statement without parameters or answer."""
+        await greenlet_spawn(self._run, connection, sql, None, _nothing)
+
+    def _run(self, connection: PooledConnection, sql: str, arguments: Any, answer: Callable[[Any], Any]) -> Any:
+        cursor = connection.cursor()
+        try:
+            if arguments is None:
+                cursor.execute(sql)
+            else:
+                cursor.execute(sql, arguments)
+            return answer(cursor)
+        finally:
+            cursor.close()
+
+    def _run_many(self, connection: PooledConnection, sql: str, rows: Sequence[Row]) -> int:
+        touched = 0
+        for row in rows:
+            touched += self._run(connection, sql, row, _row_count)
+        return touched
+
+    def _open_cursor(self, connection: PooledConnection, sql: str, arguments: Any) -> Any:
+        cursor = connection.cursor(server_side=True)
+        cursor.execute(sql, arguments)
+        return cursor
+
+    # Transactions
+
+    async def begin(self, connection: PooledConnection, isolation: str | None, read_only: bool) -> None:
+        """Begin a transaction."""
+        await self.command(connection, "BEGIN")
+
+    async def commit(self, connection: PooledConnection) -> None:
+        """End the transaction and keep it."""
+        await self.command(connection, "COMMIT")
+
+    async def rollback(self, connection: PooledConnection) -> None:
+        """End the transaction and keep nothing."""
+        await self.command(connection, "ROLLBACK")
+
+    async def savepoint(self, connection: PooledConnection, name: str) -> None:
+        """Set a savepoint."""
+        await self.command(connection, f"SAVEPOINT {name}")
+
+    async def release_savepoint(self, connection: PooledConnection, name: str) -> None:
+        """Merge a savepoint into what surrounds it."""
+        await self.command(connection, f"RELEASE SAVEPOINT {name}")
+
+    async def rollback_to_savepoint(self, connection: PooledConnection, name: str) -> None:
+        """Undo everything since a savepoint."""
+        await self.command(connection, f"ROLLBACK TO SAVEPOINT {name}")
+
+    def in_transaction(self, connection: PooledConnection) -> bool:
+        """Whether the driver knows of an open transaction; asked without a round trip."""
+        return False
+
+    def is_dead(self, driver: Any) -> bool:
+        """Whether the driver knows that the connection is gone; asked without a round trip."""
+        return False
+
+    async def recover(self, connection: PooledConnection) -> bool:
+        """Make a connection whose call was interrupted sound again, or answer False: it is closed."""
+        return False
+
+    # Errors
+
+    def classify(self, error: BaseException, statement: Any) -> Failure | None:
+        """Say what a driver's error means, by its code; None: it is not known."""
+        return None
+
+    def columns_of(self, constraint: str, table: sa.Table) -> tuple[str, ...]:
+        """Return the columns of a unique constraint by the name that the database reports."""
+        named: Iterable[Any] = (*table.constraints, *table.indexes)
+        for item in named:
+            if item.name and str(item.name) == constraint:
+                return tuple(column.key for column in item.columns)
+        if constraint.lower() in ("primary", f"{table.name}_pkey"):
+            return tuple(column.key for column in table.primary_key)
+        # An unnamed constraint has a name of the database's making: it begins with, or holds, its first columns.
+        for item in table.constraints:
+            if isinstance(item, sa.UniqueConstraint) and item.name is None:
+                names = [column.name for column in item.columns]
+                if constraint in (names[0], f"{table.name}_{'_'.join(names)}_key"):
+                    return tuple(column.key for column in item.columns)
+        return (table.columns[constraint].key,) if constraint in table.columns else ()
+
+    # SQL
+
+    def text_operand(self, operator: Operator, text: str | None) -> str | None:
+        """Return the parameter of a text search: ``text`` taken literally."""
+        if text is None:
+            return None
+        pattern = text.translate(_LIKE_SPECIALS)
+        return f"{pattern}%" if operator is Operator.STARTS_WITH else f"%{pattern}%"
+
+    def text_search(self, operator: Operator, column: Any, operand: Any) -> Any:
+        """Return the clause of a text search for what ``text_operand`` answered."""
+        if operator is Operator.ICONTAINS:
+            return sa.func.lower(column).like(sa.func.lower(operand), escape=_ESCAPE)
+        return column.like(operand, escape=_ESCAPE)
+
+    def order(self, column: Any, *, descending: bool, nulls_last: bool) -> list[Any]:
+        """Return the ORDER BY clauses of one sort key."""
+        key = column.desc() if descending else column.asc()
+        natural = nulls_last is (descending if self.nulls_sort_low else not descending)
+        if not column.nullable or natural:
+            return [key]
+        if self.nulls_clause:
+            return [key.nulls_last() if nulls_last else key.nulls_first()]
+        return [sa.case((column.is_(None), 1 if nulls_last else 0), else_=0 if nulls_last else 1), key]
+
+    def upsert(
+        self, table: sa.Table, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
+    ) -> Any:
+        """Return the statement that inserts ``row``, or writes it to the one with the same ``on``, atomically.
+
+        Args:
+            row: column to placeholder.
+            on: the names of a unique key.
+            written: the names of the columns that an existing row takes over.
+            version: the name of the column that counts an existing row's changes.
+        """
+        raise UnsupportedOperationError(f"{self.name} has no upsert")
+
+    def returning_upsert(self, upsert: Any, columns: Sequence[Any]) -> Any:
+        """Return the upsert so that it answers the row as it then stands."""
+        return upsert.returning(*columns)
+
+    def lock(self, query: Any, table: sa.Table, lock: str) -> Any:
+        """Return the query with a row lock.
+
+        Raises:
+            UnsupportedOperationError: the database has no such lock.
+        """
+        return query.with_for_update(nowait=lock == "nowait", skip_locked=lock == "skip_locked")
+
+    def estimate(self, table: sa.Table) -> Any | None:
+        """Return the query for the table's size by the database's statistics, or None: it keeps none."""
+        return None
+
+    def check_isolation(self, isolation: str | None) -> str | None:
+        """Return the isolation level as SQL spells it, or None for the default.
+
+        Raises:
+            UnsupportedOperationError: the database has no such level.
+        """
+        if isolation is None:
+            return None
+        level = isolation.upper().replace("_", " ")
+        if level not in self.isolation_levels:
+            raise UnsupportedOperationError(f"{self.name} has no isolation level {isolation!r}")
+        return level
+
+
+def on_conflict(insert: Any, table: sa.Table, on: Sequence[str], written: Sequence[str], version: str | None) -> Any:
+    """Return an INSERT with ON CONFLICT DO UPDATE, as PostgreSQL and SQLite spell it."""
+    changes: dict[Any, Any] = {table.columns[name]: insert.excluded[name] for name in written}
+    if version is not None:
+        changes[table.columns[version]] = table.columns[version] + sa.literal_column("1")
+    if not changes:
+        changes[table.columns[on[0]]] = table.columns[on[0]]  # DO NOTHING would answer no row
+    return insert.on_conflict_do_update(index_elements=[table.columns[name] for name in on], set_=changes)
+
+
+def _fetch_all(cursor: Any) -> Any:
+    return cursor.fetchall()
+
+
+def _row_count(cursor: Any) -> Any:
+    return cursor.rowcount
+
+
+def _last_key(cursor: Any) -> Any:
+    return cursor.lastrowid
+
+
+def _nothing(cursor: Any) -> None:
+    return None

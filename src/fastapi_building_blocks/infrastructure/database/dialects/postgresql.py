@@ -1,0 +1,183 @@
+"""PostgreSQL, at its best with asyncpg."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import URL
+
+from fastapi_building_blocks.domain.errors import (
+    BuildingBlocksError,
+    ConflictError,
+    ConnectionLostError,
+    ConstraintError,
+    DeadlockError,
+    DuplicateKeyError,
+    ForeignKeyError,
+    InvalidInputError,
+    LockNotAvailableError,
+    SerializationError,
+    StatementTimeoutError,
+    UnsupportedOperationError,
+)
+from fastapi_building_blocks.domain.query import Operator
+from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
+
+from .portable import Failure, PortableDialect, Row, on_conflict
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_BY_CODE: dict[str, type[BuildingBlocksError]] = {
+    "23505": DuplicateKeyError,
+    "23503": ForeignKeyError,
+    "23001": ForeignKeyError,
+    "23502": ConstraintError,
+    "23514": ConstraintError,
+    "23P01": ConflictError,
+    "22001": ConstraintError,
+    "22003": ConstraintError,
+    "25006": UnsupportedOperationError,
+    "40001": SerializationError,
+    "40P01": DeadlockError,
+    "55P03": LockNotAvailableError,
+    "57014": StatementTimeoutError,
+    "57P01": ConnectionLostError,
+    "57P02": ConnectionLostError,
+    "57P03": ConnectionLostError,
+    "53300": ConnectionLostError,
+    "25P03": ConnectionLostError,
+}
+_BY_CLASS: dict[str, type[BuildingBlocksError]] = {"08": ConnectionLostError, "22": InvalidInputError}
+
+
+class PostgreSQLDialect(PortableDialect):
+    """PostgreSQL through any driver's adapted cursor."""
+
+    name = "postgresql"
+    installs = "postgres"
+    insert_returning = True
+    update_returning = True
+    upsert_style = "on conflict"
+    nulls_sort_low = False
+    nulls_clause = True
+    row_values = True
+    streams_in_transaction = True
+    array_parameters = True
+    largest_statement = 32_767
+    default_isolation = "READ COMMITTED"
+
+    def engine_arguments(self, url: URL) -> dict[str, Any]:
+        if url.get_driver_name() != "asyncpg":
+            return {}
+        settings = {}
+        if self.timeouts.statement is not None:
+            settings["statement_timeout"] = str(int(self.timeouts.statement * 1000))
+        return {"connect_args": {"timeout": self.timeouts.connect, "server_settings": settings}}
+
+    async def begin(self, connection: PooledConnection, isolation: str | None, read_only: bool) -> None:
+        level = f" ISOLATION LEVEL {isolation}" if isolation else ""
+        await self.command(connection, f"BEGIN{level}{' READ ONLY' if read_only else ''}")
+
+    async def batches(
+        self, connection: PooledConnection, statement: Any, arguments: tuple[Any, int]
+    ) -> AsyncGenerator[Sequence[Row], None]:
+        # A cursor lives in a transaction; outside one the stream has its own, ended with it.
+        own = not self.in_transaction(connection)
+        if own:
+            await self.begin(connection, None, True)
+        async for rows in self._read(connection, statement, arguments):
+            yield rows
+        if own:
+            await self.commit(connection)
+
+    def _read(
+        self, connection: PooledConnection, statement: Any, arguments: tuple[Any, int]
+    ) -> AsyncGenerator[Sequence[Row], None]:
+        return super().batches(connection, statement, arguments)
+
+    def in_transaction(self, connection: PooledConnection) -> bool:
+        return bool(connection.driver.is_in_transaction())
+
+    def is_dead(self, driver: Any) -> bool:
+        return bool(driver.is_closed())
+
+    async def recover(self, connection: PooledConnection) -> bool:
+        # asyncpg has asked the server to cancel what was interrupted, and waits for that before the next command.
+        if connection.driver.is_closed():
+            return False
+        await connection.driver.execute("ROLLBACK" if connection.driver.is_in_transaction() else "SELECT 1")
+        return not connection.driver.is_in_transaction()
+
+    def classify(self, error: BaseException, statement: Any) -> Failure | None:
+        code = getattr(error, "sqlstate", None)
+        if not code:
+            return Failure(ConnectionLostError) if isinstance(error, OSError) or _is_closed(error) else None
+        kind = _BY_CODE.get(code) or _BY_CLASS.get(code[:2])
+        if kind is None:
+            return None
+        column = getattr(error, "column_name", None)
+        columns = (column,) if column else _columns_in(getattr(error, "detail", None)) if code == "23505" else ()
+        return Failure(kind, getattr(error, "constraint_name", None), columns)
+
+    def text_search(self, operator: Operator, column: Any, operand: Any) -> Any:
+        if operator is Operator.ICONTAINS:
+            return column.ilike(operand, escape="\\")
+        return column.like(operand, escape="\\")
+
+    def upsert(
+        self, table: sa.Table, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
+    ) -> Any:
+        return on_conflict(postgresql.insert(table).values(row), table, on, written, version)
+
+    def estimate(self, table: sa.Table) -> Any:
+        quoted = ".".join(f'"{name}"' for name in (table.schema, table.name) if name)
+        return sa.text("SELECT reltuples::bigint FROM pg_class WHERE oid = to_regclass(:name)").bindparams(name=quoted)
+
+
+def _is_closed(error: BaseException) -> bool:
+    """Whether asyncpg refuses a closed connection: it has one class, and no code, for every misuse."""
+    return type(error).__name__ == "InterfaceError" and "closed" in str(error)
+
+
+def _columns_in(detail: str | None) -> tuple[str, ...]:
+    """Return the columns that ``Key (a, b)=(1, 2) already exists.`` names, where they are plain columns."""
+    if not detail or not detail.startswith("Key ("):
+        return ()
+    names = detail[len("Key (") :].partition(")=")[0].split(", ")
+    return tuple(name.strip('"') for name in names)
+
+
+class AsyncpgDialect(PostgreSQLDialect):
+    """PostgreSQL on asyncpg's own connection: prepared statements by SQL text, COPY, pipelined batches."""
+
+    counts_by_returning = True
+
+    async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
+        return await connection.driver.fetch(statement.sql, *arguments)  # type: ignore[no-any-return]
+
+    async def execute(self, connection: PooledConnection, statement: Any, arguments: Any) -> int:
+        status: str = await connection.driver.execute(statement.sql, *arguments)
+        count = status.rpartition(" ")[2]
+        return int(count) if count.isdigit() else 0
+
+    async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        # The statement has RETURNING: asyncpg pipelines it for all rows, and what comes back is what was touched.
+        return len(await connection.driver.fetchmany(statement.sql, rows))
+
+    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        table = statement.table
+        await connection.driver.copy_records_to_table(
+            table.name, records=rows, columns=[column.name for column in statement.columns], schema_name=table.schema
+        )
+        return len(rows)
+
+    async def command(self, connection: PooledConnection, sql: str) -> None:
+        await connection.driver.execute(sql)
+
+    async def _read(
+        self, connection: PooledConnection, statement: Any, arguments: tuple[Any, int]
+    ) -> AsyncGenerator[Sequence[Row], None]:
+        values, size = arguments
+        cursor = await connection.driver.cursor(statement.sql, *values)
+        while rows := await cursor.fetch(size):
+            yield rows

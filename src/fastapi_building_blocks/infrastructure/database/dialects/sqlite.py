@@ -1,0 +1,257 @@
+"""SQLite, with aiosqlite: one thread a connection, one hop to it a call."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from fastapi_building_blocks.domain.errors import (
+    BuildingBlocksError,
+    ConnectionLostError,
+    ConstraintError,
+    DeadlockError,
+    DuplicateKeyError,
+    ForeignKeyError,
+    InvalidInputError,
+    SerializationError,
+    StatementTimeoutError,
+    UnavailableError,
+    UnsupportedOperationError,
+)
+from fastapi_building_blocks.domain.query import Operator
+from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
+
+from .portable import Failure, PortableDialect, Row, on_conflict
+
+# https://www.sqlite.org/rescode.html
+_BY_EXTENDED_CODE: dict[int, type[BuildingBlocksError]] = {
+    sqlite3.SQLITE_CONSTRAINT_UNIQUE: DuplicateKeyError,
+    sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY: DuplicateKeyError,
+    sqlite3.SQLITE_CONSTRAINT_ROWID: DuplicateKeyError,
+    sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY: ForeignKeyError,
+    sqlite3.SQLITE_CONSTRAINT_TRIGGER: ForeignKeyError,
+    sqlite3.SQLITE_BUSY_SNAPSHOT: SerializationError,
+}
+_BY_CODE: dict[int, type[BuildingBlocksError]] = {
+    sqlite3.SQLITE_CONSTRAINT: ConstraintError,
+    sqlite3.SQLITE_MISMATCH: ConstraintError,
+    sqlite3.SQLITE_TOOBIG: ConstraintError,
+    sqlite3.SQLITE_BUSY: DeadlockError,
+    sqlite3.SQLITE_LOCKED: DeadlockError,
+    sqlite3.SQLITE_INTERRUPT: StatementTimeoutError,
+    sqlite3.SQLITE_READONLY: UnsupportedOperationError,
+    sqlite3.SQLITE_CANTOPEN: ConnectionLostError,
+    sqlite3.SQLITE_IOERR: UnavailableError,
+    sqlite3.SQLITE_FULL: UnavailableError,
+    sqlite3.SQLITE_NOTADB: ConnectionLostError,
+    sqlite3.SQLITE_CORRUPT: UnavailableError,
+}
+_PRAGMAS = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = NORMAL",
+    "PRAGMA foreign_keys = ON",
+    "PRAGMA busy_timeout = 5000",
+)
+_PATIENCE = 0.1
+"""Seconds that an interrupted statement may take to end by itself."""
+_GLOB_SPECIALS = str.maketrans({"*": "[*]", "?": "[?]", "[": "[[]"})
+
+
+class SQLiteDialect(PortableDialect):
+    """SQLite through the adapted cursor."""
+
+    name = "sqlite"
+    installs = "sqlite"
+    insert_returning = True
+    update_returning = True
+    upsert_style = "on conflict"
+    nulls_clause = True
+    row_values = True
+    largest_statement = 32_766
+    default_isolation = "SERIALIZABLE"
+
+    def pool_size(self, url: URL, pool_size: int, max_overflow: int) -> tuple[int, int]:
+        # Each connection to :memory: is a database of its own, so there is one, taken in turn.
+        memory = url.database in (None, "", ":memory:") or "mode=memory" in str(url.database)
+        return (1, 0) if memory and "cache" not in url.query else (pool_size, max_overflow)
+
+    def prepare(self, engine: AsyncEngine) -> None:
+        @sa.event.listens_for(engine.sync_engine, "connect")
+        def set_up(dbapi_connection: Any, record: Any) -> None:
+            # SQLite's own lower() knows ASCII only.
+            dbapi_connection.create_function("unicode_lower", 1, _lower, deterministic=True)
+            cursor = dbapi_connection.cursor()
+            for pragma in _PRAGMAS:
+                cursor.execute(pragma)
+            cursor.close()
+
+    async def begin(self, connection: PooledConnection, isolation: str | None, read_only: bool) -> None:
+        # A deferred transaction that reads and then writes fails at once, whatever the busy timeout.
+        if read_only:
+            connection.info["query_only"] = True
+            await self.command(connection, "PRAGMA query_only = ON")
+            await self.command(connection, "BEGIN")
+        else:
+            await self.command(connection, "BEGIN IMMEDIATE")
+
+    async def commit(self, connection: PooledConnection) -> None:
+        await self.command(connection, "COMMIT")
+        await self._writable(connection)
+
+    async def rollback(self, connection: PooledConnection) -> None:
+        if self.in_transaction(connection):  # SQLite ends it by itself after some errors
+            await self.command(connection, "ROLLBACK")
+        await self._writable(connection)
+
+    async def _writable(self, connection: PooledConnection) -> None:
+        if connection.info.pop("query_only", False):
+            await self.command(connection, "PRAGMA query_only = OFF")
+
+    def in_transaction(self, connection: PooledConnection) -> bool:
+        return bool(connection.driver.in_transaction)
+
+    async def recover(self, connection: PooledConnection) -> bool:
+        # The thread finishes what it was given, or is stopped in it; the reset queues behind that. The connection
+        # is never given up: for :memory: it is the database.
+        driver = connection.driver
+        reset = asyncio.ensure_future(driver._execute(_reset, driver._conn))
+        await asyncio.wait({reset}, timeout=_PATIENCE)
+        if not reset.done():
+            driver._conn.interrupt()
+        try:
+            await reset
+        except sqlite3.OperationalError:  # the interrupt reached the reset itself
+            await driver._execute(_reset, driver._conn)
+        connection.info.pop("query_only", None)
+        return True
+
+    def classify(self, error: BaseException, statement: Any) -> Failure | None:
+        if isinstance(error, ValueError | sqlite3.ProgrammingError) and "closed" in str(error).lower():
+            return Failure(ConnectionLostError)
+        if isinstance(error, OverflowError):
+            return Failure(InvalidInputError)
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is None:
+            return None
+        kind = _BY_EXTENDED_CODE.get(code) or _BY_CODE.get(code & 0xFF)
+        if kind is None:
+            return None
+        subject = str(error).partition("constraint failed: ")[2]
+        if subject.startswith("index "):
+            return Failure(kind, subject.removeprefix("index ").strip("'"))
+        if code & 0xFF == sqlite3.SQLITE_CONSTRAINT and code != sqlite3.SQLITE_CONSTRAINT_CHECK:
+            return Failure(kind, columns=tuple(name.rpartition(".")[2] for name in subject.split(", ") if name))
+        return Failure(kind, subject or None)
+
+    def text_operand(self, operator: Operator, text: str | None) -> str | None:
+        if operator is Operator.STARTS_WITH and text is not None:
+            return text.translate(_GLOB_SPECIALS) + "*"
+        return text
+
+    def text_search(self, operator: Operator, column: Any, operand: Any) -> Any:
+        # SQLite's LIKE does not regard the case of ASCII letters; GLOB and instr do.
+        if operator is Operator.STARTS_WITH:
+            return column.op("GLOB", is_comparison=True)(operand)
+        if operator is Operator.ICONTAINS:
+            column, operand = sa.func.unicode_lower(column), sa.func.unicode_lower(operand)
+        return sa.func.instr(column, operand) > 0
+
+    def upsert(
+        self, table: sa.Table, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
+    ) -> Any:
+        return on_conflict(sqlite.insert(table).values(row), table, on, written, version)
+
+    def lock(self, query: Any, table: sa.Table, lock: str) -> Any:
+        if lock != "update":
+            raise UnsupportedOperationError(f"SQLite locks the whole database, so it has no {lock!r} for a row")
+        return query  # a unit of work that may write holds the database's write lock since it began
+
+
+def _lower(text: str | None) -> str | None:
+    return text.lower() if isinstance(text, str) else text
+
+
+def _reset(connection: sqlite3.Connection) -> None:
+    if connection.in_transaction:
+        connection.rollback()
+    connection.execute("PRAGMA query_only = OFF")
+
+
+class AiosqliteDialect(SQLiteDialect):
+    """SQLite on aiosqlite's thread: a statement and its rows in one hop."""
+
+    async def _call(self, connection: PooledConnection, function: Callable[..., Any], *arguments: Any) -> Any:
+        driver = connection.driver
+        limit = self.timeouts.statement
+        if limit is None:
+            return await driver._execute(function, driver._conn, *arguments)
+        alarm = asyncio.get_running_loop().call_later(limit, driver._conn.interrupt)
+        try:
+            return await driver._execute(function, driver._conn, *arguments)
+        finally:
+            alarm.cancel()
+
+    async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
+        return await self._call(connection, _fetch, statement.sql, arguments)  # type: ignore[no-any-return]
+
+    async def execute(self, connection: PooledConnection, statement: Any, arguments: Any) -> int:
+        return await self._call(connection, _execute, statement.sql, arguments)  # type: ignore[no-any-return]
+
+    async def insert(self, connection: PooledConnection, statement: Any, arguments: Any) -> Any:
+        return await self._call(connection, _insert, statement.sql, arguments)
+
+    async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        return await self._call(connection, _execute_many, statement.sql, rows)  # type: ignore[no-any-return]
+
+    async def command(self, connection: PooledConnection, sql: str) -> None:
+        await self._call(connection, _command, sql)
+
+    async def begin(self, connection: PooledConnection, isolation: str | None, read_only: bool) -> None:
+        if read_only:
+            connection.info["query_only"] = True
+        await self._call(connection, _begin_reading if read_only else _begin_writing)
+
+    async def batches(
+        self, connection: PooledConnection, statement: Any, arguments: tuple[Any, int]
+    ) -> AsyncGenerator[Sequence[Row], None]:
+        values, size = arguments
+        cursor = await self._call(connection, sqlite3.Connection.execute, statement.sql, values)
+        try:
+            while rows := await connection.driver._execute(cursor.fetchmany, size):
+                yield rows
+        finally:
+            await connection.driver._execute(cursor.close)
+
+
+def _fetch(connection: sqlite3.Connection, sql: str, arguments: Any) -> list[Any]:
+    return connection.execute(sql, arguments).fetchall()
+
+
+def _execute(connection: sqlite3.Connection, sql: str, arguments: Any) -> int:
+    return connection.execute(sql, arguments).rowcount
+
+
+def _insert(connection: sqlite3.Connection, sql: str, arguments: Any) -> int | None:
+    return connection.execute(sql, arguments).lastrowid
+
+
+def _execute_many(connection: sqlite3.Connection, sql: str, rows: Sequence[Row]) -> int:
+    return connection.executemany(sql, rows).rowcount
+
+
+def _command(connection: sqlite3.Connection, sql: str) -> None:
+    connection.execute(sql)
+
+
+def _begin_writing(connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+
+
+def _begin_reading(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA query_only = ON")
+    connection.execute("BEGIN")

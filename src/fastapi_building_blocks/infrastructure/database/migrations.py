@@ -1,0 +1,142 @@
+"""Schema migrations by Alembic, on any database that sessions run on.
+
+``env.py`` of a service is one call of ``run_migrations``, and a service that migrates itself awaits ``upgrade``. The
+``alembic`` command works as its own documentation says, autogenerate included.
+"""
+
+import asyncio
+import logging.config
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+try:
+    from alembic import command, context
+    from alembic.autogenerate.api import AutogenContext
+    from alembic.config import Config
+except ImportError as error:
+    raise ImportError(
+        "migrations need Alembic, which is not installed: pip install 'fastapi-building-blocks[migrations]'"
+    ) from error
+
+_CONNECTION = "connection"
+_TYPES = "fastapi_building_blocks.infrastructure.database.types"
+
+
+async def upgrade(url: str | sa.URL, directory: str | Path, revision: str = "head") -> None:
+    """Bring the database to a revision; one that is there already is left as it is.
+
+    What runs is one transaction where the database has transactional DDL (PostgreSQL, SQLite, SQL Server): a migration
+    that fails leaves nothing behind. MySQL and MariaDB commit every DDL statement as it runs. No statement timeout
+    applies, because an index may take its time.
+
+    Args:
+        url: the database.
+        directory: where ``alembic.ini`` lies.
+        revision: its id, or ``"head"`` for the newest.
+    """
+    await _run_command(command.upgrade, url, directory, revision)
+
+
+async def downgrade(url: str | sa.URL, directory: str | Path, revision: str) -> None:
+    """Take the database back to a revision, in one transaction like ``upgrade``.
+
+    Args:
+        url: the database.
+        directory: where ``alembic.ini`` lies.
+        revision: its id, or ``"base"`` for before the first one.
+    """
+    await _run_command(command.downgrade, url, directory, revision)
+
+
+def run_migrations(target_metadata: sa.MetaData, url: str | sa.URL, unmanaged: Collection[str] = ()) -> None:
+    """Do what Alembic was asked to do; the whole of an ``env.py``.
+
+    Args:
+        target_metadata: the tables as they should be, for autogenerate.
+        url: the database, where Alembic was started from the command line.
+        unmanaged: indexes and tables that autogenerate leaves alone, because a migration makes them by hand.
+    """
+
+    def is_managed(_item: Any, name: str | None, _kind: str, _reflected: bool, _counterpart: Any) -> bool:
+        return name not in unmanaged
+
+    def configure(**where: Any) -> None:
+        context.configure(
+            target_metadata=target_metadata,
+            include_object=is_managed,
+            render_item=_render_portably,
+            # SQLite has no ALTER beyond the simplest: there a table is copied, elsewhere batches are plain ALTERs.
+            render_as_batch=True,
+            **where,
+        )
+        with context.begin_transaction():
+            context.run_migrations()
+
+    def on_connection(connection: sa.Connection) -> None:
+        transactional_ddl = True if connection.dialect.name == "sqlite" else None
+        configure(connection=connection, transactional_ddl=transactional_ddl)
+
+    given = context.config.attributes.get(_CONNECTION)
+    if given is not None:
+        on_connection(given)
+        return
+    if context.config.config_file_name and context.config.file_config.has_section("loggers"):
+        logging.config.fileConfig(context.config.config_file_name, disable_existing_loggers=False)
+    if context.is_offline_mode():
+        configure(dialect_name=sa.make_url(url).get_backend_name(), literal_binds=True)
+    else:
+        asyncio.run(_on_own_connection(url, on_connection))
+
+
+async def _run_command(
+    alembic_command: Callable[[Config, str], None], url: str | sa.URL, directory: str | Path, revision: str
+) -> None:
+    config = Config(Path(directory) / "alembic.ini")
+    # The service's modules are importable already; the search path is not Alembic's to change here.
+    config.set_main_option("prepend_sys_path", "")
+
+    def run(connection: sa.Connection) -> None:
+        config.attributes[_CONNECTION] = connection
+        alembic_command(config, revision)
+
+    await _on_own_connection(url, run)
+
+
+async def _on_own_connection(url: str | sa.URL, work: Callable[[sa.Connection], None]) -> None:
+    engine = create_async_engine(url, poolclass=NullPool)
+    if engine.dialect.name == "sqlite":
+        _begin_explicitly(engine)
+    async with engine.connect() as connection:
+        await connection.run_sync(work)
+        await connection.commit()
+
+
+def _begin_explicitly(engine: AsyncEngine) -> None:
+    """Have DDL take part in transactions, and concurrent runs wait for each other: SQLite's driver does neither."""
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def leave_transactions_to_us(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _render_portably(kind: str, item: Any, autogenerate: AutogenContext) -> str | bool:
+    """Write what this library and SQLAlchemy spell the same for every database; leave the rest to Alembic."""
+    if kind == "server_default":
+        item = getattr(item, "arg", item)
+        if isinstance(item, sa.True_ | sa.False_):
+            return "sa.true()" if isinstance(item, sa.True_) else "sa.false()"
+    if kind not in ("type", "server_default") or type(item).__module__ != _TYPES:
+        return False
+    name = type(item).__name__
+    autogenerate.imports.add(f"from {_TYPES} import {name}")
+    return repr(item) if kind == "type" else f"{name}()"

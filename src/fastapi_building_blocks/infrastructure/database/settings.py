@@ -1,0 +1,36 @@
+"""The knobs of a session, from the environment."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class DatabaseSettings(BaseSettings):
+    """``DATABASE_URL``, ``DATABASE_POOL_SIZE`` and so on, from the environment or ``.env``; times in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DATABASE_", env_file=".env", extra="ignore", hide_input_in_errors=True
+    )
+
+    url: str = Field("sqlite+aiosqlite:///./database.db", repr=False)
+    """Where the database is. Not part of ``repr``: it may hold a password."""
+    pool_size: int = Field(5, ge=1)
+    """Connections that stay open."""
+    max_overflow: int = Field(10, ge=0)
+    """Connections beyond those, opened under load and closed when they have been idle for a while."""
+    pool_timeout: float = Field(5.0, gt=0)
+    """How long a caller waits for a connection before ``PoolTimeoutError``."""
+    connect_timeout: float = Field(5.0, gt=0)
+    """How long opening one connection may take."""
+    connect_attempts: int = Field(5, ge=1)
+    """How often ``connect()`` tries, with growing delays, before it gives up."""
+    statement_timeout: float | None = Field(30.0, gt=0)
+    """How long the database may work on one statement before ``StatementTimeoutError``."""
+    replica_urls: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
+    """Read replicas, separated by commas."""
+
+    @field_validator("replica_urls", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -1,0 +1,444 @@
+"""A session on any database that SQLAlchemy speaks to, from a URL alone."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, Self
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Connection, Result, make_url
+from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.util import greenlet_spawn
+
+from fastapi_building_blocks.domain.errors import BuildingBlocksError, ConnectionLostError, UnsupportedOperationError
+
+from .connections import ConnectionPool, PooledConnection
+from .dialects import PortableDialect, Timeouts, dialect_for
+from .plain_types import adapt_dialect
+from .session import DatabaseSession, Iteration, Operation, PoolStatus, TransactionBackend
+from .settings import DatabaseSettings
+from .sqlalchemy_errors import driver_error, translate, translate_commit
+
+logger = logging.getLogger(__name__)
+
+_ASYNC_DRIVERS = {
+    "postgresql": ("asyncpg", "postgres"),
+    "mysql": ("aiomysql", "mysql"),
+    "mariadb": ("aiomysql", "mysql"),
+    "sqlite": ("aiosqlite", "sqlite"),
+    "mssql": ("aioodbc", "mssql"),
+}
+_EXTRAS = {"asyncmy": "asyncmy", **dict(_ASYNC_DRIVERS.values())}
+_CONNECT_WINDOW = 60.0
+_CONNECT_FIRST_DELAY = 0.2
+_CONNECT_LONGEST_DELAY = 5.0
+
+
+class _Ping:
+    """The statement behind ``ping``."""
+
+    sql = "SELECT 1"
+    reads = True
+
+
+class SQLAlchemySession(DatabaseSession):
+    """Owns engine, pool and transactions of one database; made from its URL, with no I/O before ``connect()``.
+
+    Args:
+        url: for example ``postgresql+asyncpg://user:password@host:5432/name`` or ``sqlite+aiosqlite:///./file.db``.
+        pool_size: connections that stay open.
+        max_overflow: connections beyond those under load; never more than both together are open.
+        pool_timeout: seconds that a caller waits for a connection (``PoolTimeoutError``).
+        connect_timeout: seconds that opening one connection may take.
+        connect_attempts: how often ``connect()`` tries before it gives up.
+        statement_timeout: seconds that the database may work on one statement (``StatementTimeoutError``).
+        replica_urls: read replicas.
+
+    Raises:
+        ValueError: the URL is not one of an asynchronous driver.
+        ModuleNotFoundError: the driver is not installed; the message has the command.
+    """
+
+    def __init__(
+        self,
+        url: str | URL,
+        *,
+        pool_size: int = 5,
+        max_overflow: int = 10,
+        pool_timeout: float = 5.0,
+        connect_timeout: float = 5.0,
+        connect_attempts: int = 5,
+        statement_timeout: float | None = 30.0,
+        replica_urls: Sequence[str] = (),
+        portable: bool = False,
+    ) -> None:
+        if replica_urls:
+            raise UnsupportedOperationError("read replicas are not supported yet: leave replica_urls empty")
+        self._url = _checked(url)
+        self._connect_attempts = connect_attempts
+        self.dialect: PortableDialect = dialect_for(
+            self._url, Timeouts(connect_timeout, statement_timeout), portable=portable
+        )
+        self._is_connected = False
+        self.statements: dict[Any, Any] = {}
+        """What repositories have compiled for this database, by repository class."""
+        size, overflow = self.dialect.pool_size(self._url, pool_size, max_overflow)
+        try:
+            # One pool whose connections rest in autocommit: a single statement is one round trip, and a
+            # transaction is begun explicitly. No ping and no rollback on return: the pool's own rules replace them.
+            self._engine: AsyncEngine = create_async_engine(
+                self._url,
+                poolclass=ConnectionPool,
+                pool_size=size,
+                max_overflow=overflow,
+                pool_timeout=pool_timeout,
+                isolation_level="AUTOCOMMIT",
+                skip_autocommit_rollback=True,
+                pool_reset_on_return=None,
+                hide_parameters=True,
+                **self.dialect.engine_arguments(self._url),
+            )
+        except ModuleNotFoundError as error:
+            driver = self._url.get_driver_name()
+            raise ModuleNotFoundError(
+                f"the driver {driver} is not installed: "
+                f"pip install 'fastapi-building-blocks[{_EXTRAS.get(driver, self.dialect.installs)}]'",
+                name=error.name,
+            ) from error
+        adapt_dialect(self._engine.dialect)
+        self.dialect.prepare(self._engine)
+        self._pool: ConnectionPool = self._engine.sync_engine.pool  # type: ignore[assignment]
+        self._pool.is_dead = self.dialect.is_dead
+        self._pool.in_transaction = self.dialect.in_transaction
+        self._pool.recover = self.dialect.recover
+        self._pool.connect_timeout = connect_timeout
+        self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
+
+    @classmethod
+    def from_settings(cls, settings: DatabaseSettings) -> Self:
+        """Return a session with the knobs of ``DATABASE_*``."""
+        return cls(**settings.model_dump())
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether ``connect()`` has succeeded, and ``disconnect()`` not been called since."""
+        return self._is_connected
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._url.render_as_string(hide_password=True)!r})"
+
+    @property
+    def dialect_name(self) -> str:
+        return self._url.get_backend_name()
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """An ordinary SQLAlchemy engine on the session's own pool, for what is not a repository's business."""
+        return self._users_engine
+
+    # Lifecycle
+
+    async def connect(self) -> None:
+        """Open the first connection, trying again with growing random delays while the server is not there.
+
+        Raises:
+            ConnectionLostError: it could not be reached in ``connect_attempts``, or refused the user or database.
+        """
+        self._pool.reopen()
+        give_up = time.monotonic() + _CONNECT_WINDOW
+        for attempt in range(1, self._connect_attempts + 1):
+            try:
+                self._pool.release(await self._pool.acquire())
+                break
+            except Exception as error:
+                failure = translate(error, self.dialect)
+                again = isinstance(failure, ConnectionLostError)
+                longest = min(_CONNECT_FIRST_DELAY * 2**attempt, _CONNECT_LONGEST_DELAY)
+                delay = random.uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
+                if not again or attempt == self._connect_attempts or time.monotonic() + delay > give_up:
+                    await self._pool.drain()
+                    raise ConnectionLostError(
+                        f"cannot connect to {self._place()}: {_reason(error)} (attempt {attempt})"
+                    ) from driver_error(error)
+                logger.warning(
+                    "the database at %s does not answer (%s); attempt %d of %d, next in %.1f s",
+                    self._place(),
+                    _reason(error),
+                    attempt,
+                    self._connect_attempts,
+                    delay,
+                )
+                await asyncio.sleep(delay)
+            except BaseException:
+                await self._pool.drain()
+                raise
+        self.dialect.learn(self._engine)
+        self._is_connected = True
+
+    async def disconnect(self) -> None:
+        """Close the pool; connections still in use are closed when they are returned."""
+        self._is_connected = False
+        await self._pool.drain()
+        await self._engine.dispose()
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.disconnect()
+
+    async def ping(self) -> None:
+        """Ask the database for a sign of life.
+
+        Raises:
+            UnavailableError, DeadlineExceededError: there is none.
+        """
+        await self.perform(self.dialect.fetch, _Ping, ())
+
+    def pool_status(self) -> PoolStatus:
+        pool = self._pool
+        return PoolStatus(pool.size(), pool.checkedout(), pool.checkedin(), pool.waiting())
+
+    async def create_tables(self, metadata: sa.MetaData) -> None:
+        """Create the tables that do not exist; for tests and demos, migrations are Alembic's."""
+        async with self.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+
+    def _place(self) -> str:
+        url = self._url
+        if url.host is None:
+            return f"{self.dialect_name} {url.database or 'in memory'}"
+        return f"{self.dialect_name} at {url.host}{f':{url.port}' if url.port else ''}"
+
+    # What repositories run on
+
+    async def perform(self, operation: Operation, statement: Any, arguments: Any) -> Any:
+        connection = self._pool.take()
+        if connection is None:
+            connection = await self._acquire()
+        try:
+            answer = await operation(connection, statement, arguments)
+        except Exception as error:
+            failure = self._give_back_after(connection, error, statement)
+            if isinstance(failure, ConnectionLostError) and getattr(statement, "reads", False):
+                return await self._replay(operation, statement, arguments)
+            if failure is error:
+                raise
+            raise failure from driver_error(error)
+        except BaseException:
+            self._pool.mend(connection)
+            raise
+        self._pool.release(connection)
+        return answer
+
+    async def _replay(self, operation: Operation, statement: Any, arguments: Any) -> Any:
+        """Run a single read once more, whose connection turned out to be dead."""
+        connection = await self._acquire()
+        try:
+            answer = await operation(connection, statement, arguments)
+        except Exception as error:
+            raise self._give_back_after(connection, error, statement) from driver_error(error)
+        except BaseException:
+            self._pool.mend(connection)
+            raise
+        self._pool.release(connection)
+        return answer
+
+    async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
+        connection = self._pool.take() or await self._acquire()
+        try:
+            async with aclosing(operation(connection, statement, arguments)) as batches:
+                async for batch in batches:
+                    yield batch
+        except Exception as error:
+            failure = self._give_back_after(connection, error, statement)
+            if failure is error:
+                raise
+            raise failure from driver_error(error)
+        except BaseException:
+            self._pool.mend(connection)
+            raise
+        self._pool.release(connection)
+
+    async def _acquire(self) -> PooledConnection:
+        try:
+            return await self._pool.acquire()
+        except BuildingBlocksError:
+            raise
+        except Exception as error:
+            failure = translate(error, self.dialect)
+            if failure is error:
+                raise
+            raise failure from driver_error(error)
+
+    def _give_back_after(self, connection: PooledConnection, error: Exception, statement: Any) -> Exception:
+        """Return the connection after an error, or give it up, and say what to raise."""
+        failure = translate(error, self.dialect, statement)
+        if isinstance(failure, ConnectionLostError):
+            self._pool.discard(connection, distrust=True)
+        elif failure is error and not isinstance(error, BuildingBlocksError):
+            self._pool.mend(connection)  # not an answer of the database: the call may have ended midway
+        else:
+            connection.intact = False
+            self._pool.release(connection)
+        return failure
+
+    def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:
+        self._pool.check_open()
+        return _SQLAlchemyTransaction(self._pool, self.dialect, self.dialect.check_isolation(isolation), read_only)
+
+    # Any Core statement
+
+    async def execute(self, statement: Any, parameters: Any = None) -> Any:
+        if isinstance(parameters, list | tuple) and len(parameters) > 1:
+            async with self.transaction() as unit:  # many rows are more than one statement: all or none
+                return await unit.execute(statement, parameters)
+        return await super().execute(statement, parameters)
+
+    async def execute_on(self, connection: PooledConnection, statement: Any, parameters: Any) -> Any:
+        connection.intact = False
+        return await greenlet_spawn(self._run, connection, statement, parameters)
+
+    def _run(self, connection: PooledConnection, statement: Any, parameters: Any) -> Any:
+        # The Connection is never closed: that would end the transaction and return the connection.
+        result = Connection(self._engine.sync_engine, connection).execute(statement, parameters)
+        if not result.returns_rows:
+            result.close()
+            return result
+        fetched: Result[Any] = result.freeze()()
+        return fetched
+
+    async def stream_on(
+        self, connection: PooledConnection, statement: Any, parameters: Any
+    ) -> AsyncGenerator[Any, None]:
+        connection.intact = False
+        own = self.dialect.streams_in_transaction and not self.dialect.in_transaction(connection)
+        if own:
+            await self.dialect.begin(connection, None, True)
+        core = Connection(self._engine.sync_engine, connection).execution_options(stream_results=True)
+        result = await greenlet_spawn(core.execute, statement, parameters)
+        try:
+            while rows := await greenlet_spawn(result.fetchmany, 1000):
+                yield rows
+        finally:
+            await greenlet_spawn(result.close)
+        if own:
+            await self.dialect.commit(connection)
+
+
+class _SQLAlchemyTransaction(TransactionBackend):
+    """One connection, between BEGIN and its return to the pool."""
+
+    def __init__(self, pool: ConnectionPool, dialect: PortableDialect, isolation: str | None, read_only: bool) -> None:
+        self._pool = pool
+        self._dialect = dialect
+        self._isolation = isolation
+        self._read_only = read_only
+        self._connection: PooledConnection
+
+    async def begin(self) -> PooledConnection:
+        try:
+            return await self._begin()
+        except ConnectionLostError:
+            # Nothing was sent but BEGIN, to a connection that had died while idle: another one serves as well.
+            return await self._begin()
+
+    async def _begin(self) -> PooledConnection:
+        try:
+            connection = self._connection = self._pool.take() or await self._pool.acquire()
+        except Exception as error:
+            failure = translate(error, self._dialect)
+            if failure is error:
+                raise
+            raise failure from driver_error(error)
+        try:
+            await self._dialect.begin(connection, self._isolation, self._read_only)
+        except BaseException as error:
+            self._pool.mend(connection)
+            if not isinstance(error, Exception):
+                raise
+            failure = self._translate(error)
+            if failure is error:
+                raise
+            raise failure from driver_error(error)
+        return connection
+
+    async def commit(self) -> None:
+        try:
+            await self._dialect.commit(self._connection)
+        except BaseException as error:
+            self._pool.mend(self._connection)
+            if not isinstance(error, Exception):
+                raise
+            failure = translate_commit(error, self._dialect)
+            if failure is error:
+                raise
+            raise failure from driver_error(error)
+        self._pool.release(self._connection)
+
+    async def rollback(self) -> None:
+        try:
+            await self._dialect.rollback(self._connection)
+        except BaseException as error:
+            self._pool.mend(self._connection)
+            if not isinstance(error, Exception):
+                raise
+            logger.debug("ROLLBACK failed; the connection is given up", exc_info=True)
+        else:
+            self._pool.release(self._connection)
+
+    def abandon(self) -> None:
+        self._pool.mend(self._connection)
+
+    async def savepoint(self, name: str) -> None:
+        await self._dialect.savepoint(self._connection, name)
+
+    async def release_savepoint(self, name: str) -> None:
+        await self._dialect.release_savepoint(self._connection, name)
+
+    async def rollback_to_savepoint(self, name: str) -> None:
+        await self._dialect.rollback_to_savepoint(self._connection, name)
+
+    def translate(self, error: Exception, statement: Any) -> Exception:
+        failure = self._translate(error, statement)
+        if failure is not error:
+            failure.__cause__ = driver_error(error)
+        return failure
+
+    def _translate(self, error: Exception, statement: Any = None) -> Exception:
+        failure = translate(error, self._dialect, statement)
+        if isinstance(failure, ConnectionLostError):
+            self._pool.distrust(self._connection)
+        return failure
+
+
+def _checked(url: str | URL) -> URL:
+    try:
+        parsed = make_url(url)
+        is_async = parsed.get_dialect().is_async
+    except (ArgumentError, NoSuchModuleError, ValueError, InvalidRequestError) as error:
+        raise ValueError(
+            "the database URL is not one that SQLAlchemy knows; expected for example "
+            "postgresql+asyncpg://user:password@host:5432/name, mysql+aiomysql://…, mssql+aioodbc://… "
+            "or sqlite+aiosqlite:///./file.db"
+        ) from error
+    if not is_async:
+        name = parsed.get_backend_name()
+        driver = _ASYNC_DRIVERS.get(name, ("an asynchronous driver", ""))[0]
+        raise ValueError(f"{parsed.drivername}:// has no asynchronous driver; write {name}+{driver}://")
+    return parsed
+
+
+def _reason(error: Exception) -> str:
+    """Say why a connection could not be made, without anything that may hold a secret."""
+    cause = driver_error(error)
+    if isinstance(cause, TimeoutError):
+        return "no answer in time"
+    if isinstance(cause, OSError):
+        return cause.strerror or type(cause).__name__
+    return type(cause).__name__

@@ -1,0 +1,345 @@
+"""The unit of work: repositories that share one transaction, on any session."""
+
+import asyncio
+import enum
+import inspect
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, aclosing
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from fastapi_building_blocks.domain.errors import TransientError, UnavailableError
+from fastapi_building_blocks.infrastructure.database.session import (
+    DatabaseSession,
+    Iteration,
+    Operation,
+    Transaction,
+    TransactionBackend,
+)
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+Hook = Callable[[], Awaitable[None] | None]
+
+_unfinished: set[asyncio.Task[Any]] = set()
+
+
+async def to_the_end(work: Coroutine[Any, Any, Answer]) -> Answer:
+    """Await ``work`` in a task that finishes even when the caller is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    _unfinished.add(task)
+    task.add_done_callback(_finished)
+    return await asyncio.shield(task)
+
+
+def _finished(task: asyncio.Task[Any]) -> None:
+    _unfinished.discard(task)
+    if not task.cancelled():
+        task.exception()  # marks it as seen: a cancelled caller no longer listens
+
+
+class _State(enum.Enum):
+    NEW = "new"
+    IDLE = "not begun"
+    READY = "ready"
+    BUSY = "busy"
+    FAILED = "failed"
+    ENDED = "ended"
+
+
+class UnitOfWork(Transaction):
+    """One transaction on any session: ``async with UnitOfWork(session) as uow: UserRepository(uow)...``
+
+    It commits on a clean exit and rolls back on an exception. The connection is taken by the first
+    statement, so a unit that does nothing costs nothing. On a unit of work instead of a session it is a
+    savepoint of that one.
+
+    A failed statement dooms the unit, or the savepoint around it, on every store: later statements raise
+    ``RuntimeError``, and so does a clean exit, because nothing would be kept. A deadlock, a serialization
+    failure or a lost connection dooms the whole unit. One task at a time may use it.
+    """
+
+    def __init__(self, session: DatabaseSession, isolation: str | None = None, read_only: bool = False) -> None:
+        self._outer = session if isinstance(session, Transaction) else None
+        if self._outer is not None and (isolation or read_only):
+            raise ValueError("a unit of work inside another one takes its isolation and read_only from that one")
+        self._session = session
+        self._isolation = isolation
+        self._read_only = read_only
+        self._state = _State.NEW
+        self._backend: TransactionBackend
+        self._connection: Any = None
+        self._cause: BaseException | None = None
+        self._whole_unit_failed = False
+        self._hooks: list[Hook] = []
+        self._savepoints = 0
+        self._nested: AbstractAsyncContextManager[None]
+
+    @property
+    def dialect_name(self) -> str:
+        return self._session.dialect_name
+
+    @property
+    def root(self) -> DatabaseSession:
+        return self._session.root
+
+    # Beginning and ending
+
+    async def __aenter__(self) -> Self:
+        if self._state is not _State.NEW:
+            raise RuntimeError("a unit of work is used once; make another one")
+        if self._outer is None:
+            self._backend = self._session.open_transaction(self._isolation, self._read_only)
+        else:
+            self._nested = self._outer.savepoint()
+            await self._nested.__aenter__()
+        self._state = _State.IDLE
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._state is _State.ENDED:
+            return
+        if self._outer is not None:
+            self._state = _State.ENDED
+            await self._nested.__aexit__(kind, error, traceback)
+            return
+        if self._state is _State.BUSY:
+            self._end_while_busy(error)
+        elif error is not None or self._state is _State.FAILED:
+            failed = self._state is _State.FAILED
+            await self._roll_back()
+            if error is None and failed:
+                raise self._doomed("nothing was kept")
+        elif self._state is _State.READY:
+            self._state = _State.ENDED
+            await to_the_end(self._commit())
+        else:
+            self._state = _State.ENDED
+            await self._run_hooks()
+
+    async def rollback(self) -> None:
+        if self._state in (_State.NEW, _State.ENDED):
+            raise self._refusal()
+        if self._outer is not None:
+            self._state = _State.ENDED
+            undo = _Undo()
+            await self._nested.__aexit__(_Undo, undo, None)
+        else:
+            if self._state is _State.BUSY:
+                raise self._refusal()
+            await self._roll_back()
+
+    async def _commit(self) -> None:
+        await self._backend.commit()
+        await self._run_hooks()
+
+    async def _run_hooks(self) -> None:
+        """Call every hook; the transaction is committed, so a hook that fails is logged and changes nothing."""
+        for hook in self._hooks:
+            try:
+                answer = hook()
+                if inspect.isawaitable(answer):
+                    await answer
+            except Exception:
+                logger.exception("an after-commit hook failed", extra={"hook": getattr(hook, "__qualname__", "")})
+
+    async def _roll_back(self) -> None:
+        begun = self._state in (_State.READY, _State.FAILED) and self._connection is not None
+        self._state = _State.ENDED
+        if begun:
+            await to_the_end(self._backend.rollback())
+
+    def _end_while_busy(self, error: BaseException | None) -> None:
+        # Another task's statement, or an open stream, still uses the connection: nothing can be sent on it.
+        self._state = _State.ENDED
+        self._backend.abandon()
+        if error is None:
+            raise RuntimeError("the unit of work ended while a statement or a stream was open; nothing was kept")
+
+    # Statements
+
+    async def perform(self, operation: Operation, statement: Any, arguments: Any) -> Any:
+        if self._state is not _State.READY:
+            if self._outer is not None:
+                self._check_open()
+                return await self._outer.perform(operation, statement, arguments)
+            await self._begin()
+        self._state = _State.BUSY
+        try:
+            answer = await operation(self._connection, statement, arguments)
+        except BaseException as error:
+            failure = self._failed(error, statement)
+            if failure is error:
+                raise
+            raise failure from (failure.__cause__ or error)
+        self._state = _State.READY
+        return answer
+
+    async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
+        if self._outer is not None:
+            self._check_open()
+            async with aclosing(self._outer.iterate(operation, statement, arguments)) as outer:
+                async for item in outer:
+                    yield item
+            return
+        if self._state is not _State.READY:
+            await self._begin()
+        self._state = _State.BUSY
+        try:
+            async with aclosing(operation(self._connection, statement, arguments)) as items:
+                async for item in items:
+                    yield item
+        except GeneratorExit:
+            self._settle()  # the consumer left early; the operation has closed its cursor
+            raise
+        except BaseException as error:
+            failure = self._failed(error, statement)
+            if failure is error:
+                raise
+            raise failure from (failure.__cause__ or error)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._state is _State.BUSY:
+            self._state = _State.READY
+
+    def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:
+        raise RuntimeError("a unit of work inside another one is a savepoint")  # UnitOfWork never asks
+
+    async def run(self, work: Any, attempts: int = 3, isolation: str | None = None) -> Any:
+        raise RuntimeError("run() replays whole units of work: call it on the session, not inside a unit")
+
+    async def _begin(self) -> None:
+        if self._state is not _State.IDLE:
+            raise self._refusal()
+        self._state = _State.BUSY
+        try:
+            self._connection = await self._backend.begin()
+        except BaseException as error:
+            self._state = _State.FAILED
+            self._cause = error
+            self._whole_unit_failed = True
+            raise
+        self._state = _State.READY
+
+    def _failed(self, error: BaseException, statement: Any) -> BaseException:
+        """Note the failure of a statement and return what to raise."""
+        self._cause = error
+        if self._state is not _State.BUSY:
+            return error  # the unit has ended meanwhile
+        if not isinstance(error, Exception):
+            # Interrupted in the middle of a call: what the connection would answer next is unknown.
+            self._state = _State.FAILED
+            self._whole_unit_failed = True
+            self._connection = None
+            self._backend.abandon()
+            return error
+        failure = self._backend.translate(error, statement)
+        self._cause = failure
+        self._state = _State.FAILED
+        if isinstance(failure, UnavailableError):
+            self._whole_unit_failed = True
+            if not isinstance(failure, TransientError):
+                self._connection = None
+                self._backend.abandon()
+        return failure
+
+    def _check_open(self) -> None:
+        if self._state in (_State.NEW, _State.ENDED):
+            raise self._refusal()
+
+    def _refusal(self) -> RuntimeError:
+        if self._state is _State.NEW:
+            return RuntimeError("the unit of work is not open; use it under 'async with'")
+        if self._state is _State.ENDED:
+            return RuntimeError("the unit of work has ended; make another one")
+        if self._state is _State.FAILED:
+            return self._doomed("no further statement is taken")
+        return RuntimeError(
+            "the unit of work is in use: one task at a time may use a transaction (no gather on it), and a stream "
+            "owns it until it is read to its end or closed"
+        )
+
+    def _doomed(self, consequence: str) -> RuntimeError:
+        name = type(self._cause).__name__
+        refusal = RuntimeError(
+            f"an earlier statement failed ({name}), so {consequence}; put what may fail "
+            "into 'async with uow.savepoint()'"
+        )
+        refusal.__cause__ = self._cause
+        return refusal
+
+    # Savepoints and hooks
+
+    def savepoint(self) -> AbstractAsyncContextManager[None]:
+        return self._outer.savepoint() if self._outer is not None else _Savepoint(self)
+
+    def on_commit(self, callback: Hook) -> None:
+        self._check_open()
+        if self._outer is not None:
+            self._outer.on_commit(callback)
+        else:
+            self._hooks.append(callback)
+
+
+class _Undo(Exception):  # noqa: N818 - a signal, never seen by a caller
+    """Makes a savepoint roll back on request."""
+
+
+class _Savepoint:
+    """Undo what happened inside if it ends with an exception, hooks included."""
+
+    def __init__(self, unit: UnitOfWork) -> None:
+        self._unit = unit
+        self._name = ""
+        self._hooks = 0
+
+    async def __aenter__(self) -> None:
+        unit = self._unit
+        if unit._state is not _State.READY:
+            await unit._begin()
+        unit._savepoints += 1
+        self._name = f"sp_{unit._savepoints}"
+        self._hooks = len(unit._hooks)
+        await self._send(unit._backend.savepoint)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        unit = self._unit
+        if unit._state is _State.ENDED:
+            return
+        if unit._state is _State.BUSY:
+            raise unit._refusal()
+        failed = unit._state is _State.FAILED
+        if error is None and not failed:
+            await self._send(unit._backend.release_savepoint)
+            return
+        del unit._hooks[self._hooks :]
+        if unit._whole_unit_failed:
+            if error is None:
+                raise unit._doomed("nothing will be kept")
+            return
+        doomed = unit._doomed("nothing since the savepoint was kept") if failed else None
+        unit._state = _State.READY
+        await self._send(unit._backend.rollback_to_savepoint)
+        if error is None and doomed is not None:
+            raise doomed
+
+    async def _send(self, command: Callable[[str], Awaitable[None]]) -> None:
+        unit = self._unit
+        unit._state = _State.BUSY
+        try:
+            await command(self._name)
+        except BaseException as error:
+            # Without its savepoint the unit cannot keep its word, whatever the reason was.
+            failure = unit._failed(error, None)
+            unit._whole_unit_failed = True
+            if failure is error:
+                raise
+            raise failure from (failure.__cause__ or error)
+        unit._state = _State.READY

@@ -1,0 +1,15 @@
+"""What a service's own tests use: contract suites for its repositories. Needs pytest and pytest-asyncio (auto mode)."""
+
+try:
+    import pytest
+except ImportError as error:
+    raise ImportError("fastapi_building_blocks.testing needs pytest: pip install pytest pytest-asyncio") from error
+
+# Before the import: a failing assert of the suite then shows its values, as one of the service's own tests would.
+pytest.register_assert_rewrite(
+    *(f"{__name__}.contract_{part}" for part in ("locks", "pages", "reads", "subject", "transactions", "writes"))
+)
+
+from fastapi_building_blocks.testing.repository_contract import RepositoryContract  # noqa: E402
+
+__all__ = ["RepositoryContract"]

@@ -1,0 +1,78 @@
+import asyncio
+import time
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from fastapi_building_blocks.api import database_lifespan, health_router, install_problem_details
+from fastapi_building_blocks.domain import ConnectionLostError
+from fastapi_building_blocks.infrastructure.database.in_memory_session import InMemorySession
+
+
+class LostSession(InMemorySession):
+    async def ping(self) -> None:
+        raise ConnectionLostError("cannot reach db.example.org:5432")
+
+
+class FrozenSession(InMemorySession):
+    """Does not answer, and does not react to a cancellation for a while either."""
+
+    async def ping(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.2)
+
+
+def client_of(session: InMemorySession, *, connected: bool = True, problems: bool = True) -> TestClient:
+    app = FastAPI(lifespan=database_lifespan(session) if connected else None)
+    if problems:
+        install_problem_details(app)
+    app.include_router(health_router(session, deadline=0.1))
+    return TestClient(app)
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
+def test_a_healthy_service_is_ok(path: str) -> None:
+    with client_of(InMemorySession()) as client:
+        response = client.get(path)
+        assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("session", [LostSession(), FrozenSession()])
+def test_without_its_database_a_service_lives_but_is_not_ready(session: InMemorySession) -> None:
+    with client_of(session) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/health/live").json() == {"status": "ok"}
+        response = client.get("/health/ready")
+        assert response.status_code == 503
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.headers["retry-after"] == "1"
+        assert response.json()["code"] == "unavailable"
+
+
+def test_a_service_whose_session_is_not_connected_is_not_ready() -> None:
+    assert client_of(InMemorySession(), connected=False).get("/health/ready").status_code == 503
+
+
+def test_a_frozen_database_delays_the_answer_by_the_deadline_only() -> None:
+    with client_of(FrozenSession()) as client:
+        begun = time.monotonic()
+        client.get("/health/ready")
+        assert time.monotonic() - begun < 0.19
+
+
+def test_readiness_is_a_problem_even_without_problem_details_installed() -> None:
+    with client_of(LostSession(), problems=False) as client:
+        assert client.get("/health/ready").headers["content-type"] == "application/problem+json"
+
+
+def test_health_is_documented() -> None:
+    app = client_of(InMemorySession()).app
+    assert isinstance(app, FastAPI)
+    paths = app.openapi()["paths"]
+    assert set(paths) == {"/health", "/health/live", "/health/ready"}
+    responses = paths["/health/ready"]["get"]["responses"]
+    assert list(responses["503"]["content"]) == ["application/problem+json"]
+    assert list(responses["200"]["content"]) == ["application/json"]

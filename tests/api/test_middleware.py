@@ -1,0 +1,101 @@
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import pytest
+from fastapi import FastAPI, Request, WebSocket
+from starlette.responses import StreamingResponse
+from starlette.testclient import TestClient
+
+from fastapi_building_blocks.api import RequestIdFilter, RequestIdMiddleware, request_id
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(RequestIdMiddleware)
+
+    @app.get("/")
+    async def show(request: Request) -> dict[str, str | None]:
+        return {"context": request_id(), "state": request.state.request_id}
+
+    @app.get("/stream")
+    async def stream() -> StreamingResponse:
+        async def chunks() -> AsyncIterator[str]:
+            for _ in range(3):
+                yield f"{request_id()}\n"
+                await asyncio.sleep(0)
+
+        return StreamingResponse(chunks(), headers={"X-Request-Id": "of the endpoint"})
+
+    @app.websocket("/socket")
+    async def socket(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_text(str(request_id()))
+        await websocket.close()
+
+    return app
+
+
+def test_a_sane_request_id_is_taken_and_answered(app: FastAPI) -> None:
+    response = TestClient(app).get("/", headers={"X-Request-ID": "order-7/~!"})
+    assert response.headers["x-request-id"] == "order-7/~!"
+    assert response.json() == {"context": "order-7/~!", "state": "order-7/~!"}
+
+
+@pytest.mark.parametrize("given", [b"", b"a b", b"\xe9t\xe9", b"x" * 129, b"tab\there", b"\x7f"])
+def test_any_other_request_id_is_replaced(app: FastAPI, given: bytes) -> None:
+    response = TestClient(app).get("/", headers=[(b"x-request-id", given)])
+    made = response.headers["x-request-id"]
+    assert len(made) == 32
+    assert int(made, 16)
+    assert response.json()["context"] == made
+
+
+def test_requests_without_an_id_get_different_ones(app: FastAPI) -> None:
+    client = TestClient(app)
+    assert client.get("/").headers["x-request-id"] != client.get("/").headers["x-request-id"]
+
+
+def test_a_streamed_response_keeps_one_id_to_its_end(app: FastAPI) -> None:
+    response = TestClient(app).get("/stream", headers={"X-Request-ID": "s1"})
+    assert response.text == "s1\n" * 3
+    assert response.headers.get_list("x-request-id") == ["s1"]
+
+
+async def test_nothing_is_buffered(app: FastAPI) -> None:
+    sent: list[str] = []
+
+    async def inner(scope: object, receive: object, send: object) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
+        assert sent == ["http.response.start"]
+        await send({"type": "http.response.body", "body": b"1", "more_body": True})  # type: ignore[operator]
+        assert sent[1:] == ["http.response.body"]
+
+    async def send(message: dict[str, str]) -> None:
+        sent.append(message["type"])
+
+    await RequestIdMiddleware(inner)({"type": "http", "headers": []}, None, send)  # type: ignore[arg-type]
+
+
+def test_a_websocket_has_a_request_id(app: FastAPI) -> None:
+    with TestClient(app).websocket_connect("/socket", headers={"X-Request-ID": "w1"}) as websocket:
+        assert websocket.receive_text() == "w1"
+        assert (b"x-request-id", b"w1") in (websocket.extra_headers or [])
+
+
+def test_log_records_carry_the_request_id(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("service")
+
+    @app.get("/log")
+    async def log() -> None:
+        logger.warning("working")
+
+    caplog.handler.addFilter(RequestIdFilter())
+    TestClient(app).get("/log", headers={"X-Request-ID": "l1"})
+    logger.warning("idle")
+    assert [record.request_id for record in caplog.records] == ["l1", "-"]  # type: ignore[attr-defined]
+
+
+def test_outside_of_a_request_there_is_no_id() -> None:
+    assert request_id() is None

@@ -1,0 +1,111 @@
+"""Fixtures that give tests private databases on real servers, and the summary of which servers took part."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from tests.backends import SERVERS, Backends, Missing, Server, required_backends
+
+BACKENDS = pytest.StashKey[Backends]()
+
+# A slow answer of a busy server is not a falsified property.
+hypothesis.settings.register_profile("servers", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("servers")
+
+
+@pytest.fixture(scope="session")
+def backends(pytestconfig: pytest.Config) -> Backends:
+    """The servers of this run; ``with backends.database("postgres") as url`` for one more private database."""
+    return pytestconfig.stash[BACKENDS]
+
+
+@pytest.fixture(scope="session")
+def postgres_url(backends: Backends) -> Iterator[str]:
+    """A private PostgreSQL database for all tests of this process, dropped at the end."""
+    with backends.database("postgres") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mysql_url(backends: Backends) -> Iterator[str]:
+    """A private MySQL or MariaDB database (utf8mb4) for all tests of this process, dropped at the end."""
+    with backends.database("mysql") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_url(backends: Backends) -> Iterator[str]:
+    """A Redis database number that nobody else uses, flushed at the end."""
+    with backends.database("redis") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mssql_url(backends: Backends) -> Iterator[str]:
+    """A private SQL Server database, where ``MSSQL_URL`` names a server."""
+    with backends.database("mssql") as url:
+        yield url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """An SQLite file of this test alone."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mysql"])
+def database_url(request: pytest.FixtureRequest, backends: Backends) -> Iterator[str]:
+    """An empty database of this test alone, on each database in turn.
+
+    ``@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)`` asks for one of them only.
+    """
+    if request.param == "sqlite":
+        yield request.getfixturevalue("sqlite_url")
+    else:
+        with backends.database(request.param) as url:
+            yield url
+
+
+# Under xdist the controller looks for the servers once, so that workers share a container and agree on what is
+# missing; each worker creates its own databases and reports back what it used.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = getattr(config, "workerinput", {}).get("backends", {})
+    found = {name: Server(*entry) if len(entry) == 2 else Missing(*entry) for name, entry in given.items()}
+    config.stash[BACKENDS] = Backends(required_backends(), found)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    backends = node.config.stash[BACKENDS]
+    node.workerinput["backends"] = {name: tuple(backends.server(name)) for name in SERVERS}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        backends = session.config.stash[BACKENDS]
+        session.config.workeroutput["backends"] = (backends.ran, backends.skipped)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    # A worker that crashed has no output.
+    ran, skipped = getattr(node, "workeroutput", {}).get("backends", ({}, {}))
+    backends = node.config.stash[BACKENDS]
+    backends.ran.update(ran)
+    backends.skipped.update(skipped)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("backends")
+    for line in terminalreporter.config.stash[BACKENDS].report():
+        terminalreporter.write_line(line)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if BACKENDS in config.stash:
+        config.stash[BACKENDS].close()

@@ -1,0 +1,123 @@
+"""The service as a command: it says what is wrong, migrates, serves, and ends what it began."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from example_service.app.core.config import get_database_settings, get_settings
+from example_service.demo import free_port, running_service, wait_until_ready
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "example_service.app.main"]
+
+
+def run(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        COMMAND,
+        cwd=ROOT,
+        env={**os.environ, "PORT": "0", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nonsense", "the database URL is not one that SQLAlchemy knows"),
+        ("mongodb://user:hunter2@host/name", "the database URL is not one that SQLAlchemy knows"),
+        ("postgresql://user:hunter2@host/name", "asyncpg"),
+    ],
+)
+def test_a_wrong_url_is_said_in_a_line(url: str, said: str):
+    done = run(DATABASE_URL=url)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("setting", [{"PORT": "many"}, {"DATABASE_POOL_SIZE": "0"}], ids=str)
+def test_a_wrong_setting_is_said_by_name(setting: dict[str, str], tmp_path: Path):
+    done = run(DATABASE_URL=f"sqlite+aiosqlite:///{tmp_path}/x.db", **setting)
+    assert done.returncode == 2
+    assert next(iter(setting)).lower().removeprefix("database_") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+asyncpg", "mysql+aiomysql"])
+def test_an_unreachable_server_is_said_with_host_and_port_and_never_the_password(scheme: str):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: every connection is refused
+        port = unused.getsockname()[1]
+        done = run(DATABASE_URL=f"{scheme}://user:hunter2@127.0.0.1:{port}/x", DATABASE_CONNECT_ATTEMPTS="2")
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_the_command_migrates_serves_and_ends_on_sigterm(database_url: str, tmp_path: Path):
+    port, log = free_port(), tmp_path / "log"
+    with running_service(database_url, port, log) as process:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/api/v1/users/",
+            json.dumps({"email": "alice@test.com", "username": "alice"}).encode(),
+            {"Content-Type": "application/json", "X-Request-ID": "the-id-of-this-test"},
+        )
+        with urllib.request.urlopen(request) as response:
+            assert response.status == 201
+            assert response.headers["X-Request-ID"] == "the-id-of-this-test"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) in (0, -signal.SIGTERM)
+    logged = log.read_text()
+    (line,) = (line for line in logged.splitlines() if "the-id-of-this-test" in line)
+    assert re.search(r'INFO +\[the-id-of-this-test\] .*"POST /api/v1/users/ HTTP/1.1" 201', line)
+    assert "Traceback" not in logged
+    assert "ERROR" not in logged
+
+
+def test_a_second_start_finds_what_the_first_has_left(tmp_path: Path):
+    url = f"sqlite+aiosqlite:///{tmp_path}/users.db"
+    for _ in range(2):
+        port = free_port()
+        with running_service(url, port, tmp_path / "log") as process:
+            wait_until_ready(process, port)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+# Settings
+
+
+@pytest.fixture
+def fresh_settings(monkeypatch, tmp_path: Path):
+    for name in ("DATABASE_URL", "HOST", "PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    get_settings.cache_clear()
+    get_database_settings.cache_clear()
+    yield tmp_path
+    get_settings.cache_clear()
+    get_database_settings.cache_clear()
+
+
+def test_without_settings_it_is_a_file_and_port_8000(fresh_settings: Path):
+    assert get_database_settings().url == "sqlite+aiosqlite:///./user_management.db"
+    assert (get_settings().host, get_settings().port) == ("127.0.0.1", 8000)
+
+
+def test_the_environment_wins_over_env_and_that_over_the_defaults(fresh_settings: Path, monkeypatch):
+    (fresh_settings / ".env").write_text("HOST=0.0.0.0\nPORT=9000\nDATABASE_URL=sqlite+aiosqlite:///from_env_file\n")
+    monkeypatch.setenv("PORT", "9001")
+    assert (get_settings().host, get_settings().port) == ("0.0.0.0", 9001)
+    assert get_database_settings().url == "sqlite+aiosqlite:///from_env_file"
