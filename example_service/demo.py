@@ -652,7 +652,7 @@ async def execute(url: sa.URL, statement: str) -> None:
     """Run a statement outside of a transaction."""
     engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     async with engine.connect() as connection:
-        await connection.execute(sa.DDL(statement))
+        await connection.exec_driver_sql(statement)
 
 
 async def tables_of(url: sa.URL) -> set[str]:

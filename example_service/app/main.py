@@ -36,6 +36,7 @@ LOGGING = {
         "stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["request_id"]},
     },
     "root": {"level": "INFO", "handlers": ["stderr"]},
+    "loggers": {"sqlalchemy": {"level": "WARNING"}},
 }
 
 

@@ -21,7 +21,7 @@ def path_of(user: dict[str, Any]) -> str:
 
 
 def fields_of(response: httpx2.Response) -> list[str]:
-    return [error["field"] for error in response.json()["errors"]]
+    return [error["field"] for error in response.json().get("errors", [])]
 
 
 async def create(client: httpx2.AsyncClient, username: str, **fields: Any) -> dict[str, Any]:
@@ -170,6 +170,24 @@ async def test_what_is_missing_is_a_404(client: httpx2.AsyncClient, path: str):
 async def test_a_malformed_id_is_refused(client: httpx2.AsyncClient):
     response = await client.get(f"{USERS}42")
     assert (response.status_code, fields_of(response)) == (400, ["user_id"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", USERS, "GET, POST"),
+        ("OPTIONS", UNKNOWN, "DELETE, GET, PATCH"),
+        ("GET", f"{USERS}verify_credentials", "POST"),
+        ("PATCH", f"{USERS}verify_credentials", "POST"),
+        ("POST", f"{USERS}by_username/alice", "GET"),
+    ],
+)
+async def test_a_method_that_is_not_there_is_a_405_with_those_that_are(
+    client: httpx2.AsyncClient, method: str, path: str, allowed: str
+):
+    response = await client.request(method, path)
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
+    assert response.json()["code"] == "method_not_allowed"
 
 
 # Lists

@@ -34,6 +34,7 @@ from fastapi_building_blocks.domain.errors import (
 )
 
 from .openapi_document import PROBLEM_MEDIA_TYPE, described, problem_reference
+from .route_dependants import methods_of_path
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,11 @@ async def _http_exception(request: HTTPConnection, error: Exception) -> Response
     detail: Any = error.detail
     if not isinstance(detail, str):
         detail = json.dumps(jsonable_encoder(detail))
-    return problem_response(request, error.status_code, detail, headers=error.headers)
+    headers = error.headers
+    if error.status_code == 405:
+        # Starlette looks at one route only; RFC 9110, 15.5.6 wants all methods of the resource.
+        headers = {**(headers or {}), "Allow": ", ".join(sorted(methods_of_path(request.scope)))}
+    return problem_response(request, error.status_code, detail, headers=headers)
 
 
 async def _error_in_other_middleware(request: Request, _: Exception) -> Response:

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi.dependencies.models import Dependant
+from fastapi.routing import iter_route_contexts
 from fastapi.security import APIKeyQuery
+from starlette._utils import get_route_path
 from starlette.types import Scope
 
 
@@ -31,3 +33,14 @@ def declared_query_parameters(scope: Scope) -> set[str]:
             if isinstance(dependant.call, APIKeyQuery):
                 names.add(dependant.call.model.name)
     return names
+
+
+def methods_of_path(scope: Scope) -> set[str]:
+    """Return the methods that the request's path has, whichever routes they belong to."""
+    path = get_route_path(scope)
+    methods: set[str] = set()
+    for route in iter_route_contexts(scope["app"].routes):
+        regex = getattr(route, "path_regex", None)
+        if regex is not None and regex.match(path):
+            methods.update(route.methods or ())
+    return methods

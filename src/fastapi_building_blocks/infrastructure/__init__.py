@@ -4,7 +4,13 @@ from fastapi_building_blocks.infrastructure.database.in_memory_session import In
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession, PoolStatus, Transaction
 from fastapi_building_blocks.infrastructure.database.settings import DatabaseSettings
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
-from fastapi_building_blocks.infrastructure.database.types import BinaryString, ExactDecimal, UtcDateTime, timestamp_columns, version_column
+from fastapi_building_blocks.infrastructure.database.types import (
+    BinaryString,
+    ExactDecimal,
+    UtcDateTime,
+    timestamp_columns,
+    version_column,
+)
 from fastapi_building_blocks.infrastructure.persistence.repositories.base import BaseRepository
 from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_repository import SQLAlchemyRepository
 from fastapi_building_blocks.infrastructure.persistence.unit_of_work import UnitOfWork

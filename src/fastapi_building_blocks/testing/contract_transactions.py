@@ -227,7 +227,7 @@ class TransactionContract(ContractSubject[T]):
             return work
 
         await asyncio.gather(
-            *(session.run(transfer(task), attempts=200, isolation="SERIALIZABLE") for task in range(16))
+            *(session.run(transfer(task), attempts=200, isolation="SERIALIZABLE") for task in range(8))
         )
         assert sum(self.value(entity, name) for entity in await repository.get_all()) == 400
 
@@ -263,8 +263,8 @@ class TransactionContract(ContractSubject[T]):
             "update_where": (values, field(self.any_writable()).is_not_null()),
             "update_many": ([changed],),
             "upsert": (changed,),
-            "upsert_many": ([changed, new],),
-            "get_or_add": (new,),
+            "upsert_many": ([changed],),
+            "get_or_add": (new, [self.unique_field] if self.unique_field else None),
             "delete": (self.key_of(first),),
             "delete_where": (field(self.any_writable()).is_not_null(),),
         }

@@ -158,12 +158,13 @@ class WriteContract(ContractSubject[T]):
         assert await repository.get_many([self.key_of(entity) for entity in now]) == now
 
     async def test_w5_upsert_many_of_any_number_adds_and_writes(self, repository: Repository[T]) -> None:
+        on, name = self._on(), self.any_writable()
         stored = await self.added(repository, 1, 2)
-        changed = [self.change(entity, **self.another_value(60)) for entity in stored]
+        changed = [self.entity(number, **self.another_value(60)) for number in (1, 2)]
         new = (self.make_entity(number) for number in range(3, self.bulk_size))
-        assert await repository.upsert_many([*changed, *new]) == self.bulk_size - 1
+        assert await repository.upsert_many([*changed, *new], on=on) == self.bulk_size - 1
+        assert await repository.upsert_many([], on=on) == 0
         assert await repository.count() == self.bulk_size - 1
-        name = self.any_writable()
         for entity in stored:
             now = await repository.get(self.key_of(entity))
             assert self.value(now, name) == self.another_value(60)[name]
@@ -358,6 +359,21 @@ class WriteContract(ContractSubject[T]):
         written = await repository.upsert(self.change(stored, **self.another_value()))
         assert self.key_of(written) == self.key_of(stored)
         assert await repository.get_all() == [written]
+
+    async def test_an_upsert_needs_a_value_for_the_key_that_it_goes_by(self, repository: Repository[T]) -> None:
+        if self.unique_field is None or self.unique_field != self.nullable_field:
+            pytest.skip("unique_field is not nullable_field")
+        entity, on = self.entity(1, **{self.unique_field: None}), [self.unique_field]
+        attempts: list[Callable[[], Awaitable[Any]]] = [
+            lambda: repository.upsert(entity, on=on),
+            lambda: repository.upsert_many([entity], on=on),
+            lambda: repository.get_or_add(entity, on=on),
+        ]
+        for attempt in attempts:
+            with pytest.raises(InvalidInputError) as caught:
+                await attempt()
+            assert caught.value.fields == (self.unique_field,)
+        assert await repository.count() == 0
 
     async def test_upsert_on_what_is_not_unique_is_refused(self, repository: Repository[T]) -> None:
         name = self.needs("number_field")

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 
-from example_service.app.api.dependencies import UsersInUnit, Users
+from example_service.app.api.dependencies import Users, UsersInUnit
 from example_service.app.application.change_user import change_user
 from example_service.app.application.register_user import register_user
 from example_service.app.application.remove_user import remove_user
@@ -21,6 +21,7 @@ from fastapi_building_blocks.api import (
     etag_of,
     is_not_modified,
     list_query,
+    problem_response,
     problem_responses,
 )
 from fastapi_building_blocks.domain import CursorPage, InvalidInputError, NotFoundError, Page
@@ -65,6 +66,16 @@ async def check_credentials(body: Credentials, users: Users, response: Response)
     if user is None:
         raise HTTPException(401, "the username or the password is wrong")
     return _answer(user, response)
+
+
+@router.api_route(
+    "/verify_credentials",
+    methods=["GET", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "QUERY"],
+    include_in_schema=False,
+)
+async def refuse_method(request: Request) -> Response:
+    """Answer 405 where ``verify_credentials`` would be taken for a user's id."""
+    return problem_response(request, 405, "Method Not Allowed", headers={"Allow": "POST"})
 
 
 @router.get(

@@ -1,0 +1,1 @@
+"""Sessions, transactions, connections, and what databases do differently."""

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util import await_, greenlet_spawn
@@ -22,6 +22,8 @@ from sqlalchemy.util import await_, greenlet_spawn
 from fastapi_building_blocks.domain.errors import PoolTimeoutError
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 _CLOSE_TIMEOUT = 2.0
 _RECOVER_TIMEOUT = 5.0
@@ -181,11 +183,11 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         """Close a connection in the background and free its place; with ``distrust``, doubt the others as well."""
         if distrust:
             self.distrust(connection)
-        self.in_background(self._close(connection))
+        self._in_background(self._close(connection))
 
     def mend(self, connection: PooledConnection) -> None:
         """Take back a connection whose call was interrupted; it is lent again only once it is known to be sound."""
-        self.in_background(self._recover(connection))
+        self._in_background(self._recover(connection))
 
     def distrust(self, connection: PooledConnection) -> None:
         """Replace every connection that was opened before ``connection`` broke."""
@@ -194,11 +196,12 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             while self._idle:
                 self.discard(self._idle.pop())
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run housekeeping that nobody waits for; ``drain`` does."""
+    def _in_background(self, work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
+        """Run what is finished even if nobody waits for it; ``drain`` does."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def drain(self) -> None:
         """Close what is idle, refuse who waits, and have what is still lent closed on its return."""
@@ -220,6 +223,16 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._closed = False
 
     async def _open_one(self) -> PooledConnection:
+        # In a task of its own: a cancelled caller leaves the new connection to the pool. Some drivers would lose a
+        # half-open one, which the server then keeps.
+        opening = self._in_background(self._open_in_time())
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._keep)
+            raise
+
+    async def _open_in_time(self) -> PooledConnection:
         try:
             async with asyncio.timeout(self.connect_timeout):
                 record = await greenlet_spawn(self._create_connection)
@@ -227,6 +240,11 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             self._free_place()
             raise
         return self._wrap(record)
+
+    def _keep(self, opening: asyncio.Task[PooledConnection]) -> None:
+        """Keep the connection whose caller did not wait for it."""
+        if not opening.cancelled() and opening.exception() is None:
+            self.release(opening.result())
 
     def _wrap(self, record: ConnectionPoolEntry) -> PooledConnection:
         connection: PooledConnection | None = record.info.get("pooled")

@@ -1,7 +1,6 @@
 """A store in memory with real transactions: for tests, demos, and services that are not sure yet."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -10,13 +9,13 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from fastapi_building_blocks.domain.errors import (
-    DeadlockError,
     DuplicateKeyError,
     ForeignKeyError,
     LockNotAvailableError,
     SerializationError,
     UnsupportedOperationError,
 )
+from fastapi_building_blocks.infrastructure.database.in_memory_locks import InMemoryLocks, Resource, session_closed
 from fastapi_building_blocks.infrastructure.database.session import (
     DatabaseSession,
     Iteration,
@@ -28,8 +27,6 @@ from fastapi_building_blocks.infrastructure.database.session import (
 Row = tuple[Any, ...]
 Key = tuple[Any, ...]
 Predicate = Callable[[Row], bool | None]
-Resource = tuple[Any, ...]
-"""What is locked and overlaid: ``("row", collection, key)`` or ``("unique", collection, names, values)``."""
 
 _MISSING: Any = object()
 _SNAPSHOT_LEVELS = ("REPEATABLE READ", "SERIALIZABLE")
@@ -92,135 +89,6 @@ class _Table:
         return versions[-1][0] if versions else 0
 
 
-@dataclass(slots=True)
-class _Waiter:
-    transaction: "InMemoryTransaction"
-    exclusive: bool
-    granted: asyncio.Future[None]
-
-
-@dataclass(slots=True)
-class _Held:
-    """One lock: who holds it, shared or exclusive, and who waits, first come first served."""
-
-    holders: dict["InMemoryTransaction", bool] = field(default_factory=dict)
-    waiters: deque[_Waiter] = field(default_factory=deque)
-
-    def blockers(self, transaction: "InMemoryTransaction", exclusive: bool) -> "set[InMemoryTransaction]":
-        """Return the holders that stand against this request."""
-        return {
-            holder for holder, theirs in self.holders.items() if holder is not transaction and (exclusive or theirs)
-        }
-
-
-class _Locks:
-    """Locks that last as long as a transaction, with first-come-first-served waiting and deadlock detection."""
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._held: dict[Resource, _Held] = {}
-
-    async def acquire(
-        self, transaction: "InMemoryTransaction", resource: Resource, *, exclusive: bool = True, wait: bool = True
-    ) -> bool:
-        """Take a lock, waiting for others where ``wait``; answer whether it was taken.
-
-        Raises:
-            DeadlockError: waiting would close a circle, or took longer than the lock timeout.
-        """
-        held = self._held.setdefault(resource, _Held())
-        mine = held.holders.get(transaction)
-        if mine is not None and (mine or not exclusive):
-            return True
-        if not held.blockers(transaction, exclusive) and (not held.waiters or mine is not None):
-            self._grant(held, transaction, resource, exclusive)
-            return True
-        if not wait:
-            return False
-        waiter = _Waiter(transaction, exclusive, asyncio.get_running_loop().create_future())
-        if mine is None:
-            held.waiters.append(waiter)
-        else:
-            held.waiters.appendleft(waiter)  # whoever already shares it would block everybody behind
-        transaction.waits_for = resource
-        try:
-            if self._closes_a_circle(transaction):
-                raise DeadlockError("this transaction and another one waited for each other")
-            async with asyncio.timeout(self._timeout):
-                await waiter.granted
-        except TimeoutError as error:
-            raise DeadlockError("this transaction waited too long for a lock") from error
-        finally:
-            transaction.waits_for = None
-            if waiter in held.waiters:
-                held.waiters.remove(waiter)
-                self._wake(resource, held)
-        return True
-
-    def contended(self, transaction: "InMemoryTransaction", resource: Resource) -> bool:
-        """Answer whether another transaction holds the lock for itself."""
-        held = self._held.get(resource)
-        return held is not None and bool(held.blockers(transaction, exclusive=False))
-
-    def dismiss(self, transaction: "InMemoryTransaction") -> None:
-        """Wake a transaction that ended while it waited, with an error."""
-        if transaction.waits_for is None:
-            return
-        held = self._held[transaction.waits_for]
-        for waiter in list(held.waiters):
-            if waiter.transaction is transaction:
-                held.waiters.remove(waiter)
-                if not waiter.granted.done():
-                    waiter.granted.set_exception(_closed())
-        self._wake(transaction.waits_for, held)
-
-    def release(self, transaction: "InMemoryTransaction", resource: Resource) -> None:
-        held = self._held[resource]
-        held.holders.pop(transaction, None)
-        self._wake(resource, held)
-
-    def _grant(self, held: _Held, transaction: "InMemoryTransaction", resource: Resource, exclusive: bool) -> None:
-        if transaction not in held.holders:
-            transaction.locks.append(resource)
-        held.holders[transaction] = exclusive or held.holders.get(transaction, False)
-
-    def _wake(self, resource: Resource, held: _Held) -> None:
-        while held.waiters:
-            waiter = held.waiters[0]
-            if held.blockers(waiter.transaction, waiter.exclusive):
-                break
-            held.waiters.popleft()
-            if not waiter.granted.done():
-                self._grant(held, waiter.transaction, resource, waiter.exclusive)
-                waiter.granted.set_result(None)
-        if not held.holders and not held.waiters:
-            self._held.pop(resource, None)
-
-    def _closes_a_circle(self, start: "InMemoryTransaction") -> bool:
-        seen: set[InMemoryTransaction] = set()
-        ahead = self._waited_for(start)
-        while ahead:
-            transaction = ahead.pop()
-            if transaction is start:
-                return True
-            if transaction not in seen:
-                seen.add(transaction)
-                ahead |= self._waited_for(transaction)
-        return False
-
-    def _waited_for(self, transaction: "InMemoryTransaction") -> "set[InMemoryTransaction]":
-        """Return the holders that ``transaction`` waits for, and those who came before it."""
-        if transaction.waits_for is None:
-            return set()
-        held = self._held[transaction.waits_for]
-        before: set[InMemoryTransaction] = set()
-        for waiter in held.waiters:
-            if waiter.transaction is transaction:
-                return before | held.blockers(transaction, waiter.exclusive)
-            before.add(waiter.transaction)
-        return set()
-
-
 class InMemorySession(DatabaseSession):
     """Keeps entities in memory, with transactions that commit, roll back, lock and clash as on PostgreSQL.
 
@@ -242,7 +110,7 @@ class InMemorySession(DatabaseSession):
         self._connected = False
         self._tables: dict[str, _Table] = {}
         self._sequence = 0
-        self._locks = _Locks(lock_timeout)
+        self._locks = InMemoryLocks(lock_timeout)
         self._open: set[InMemoryTransaction] = set()
 
     @property
@@ -401,7 +269,7 @@ class InMemoryTransaction(TransactionBackend):
 
     def _require_open(self) -> None:
         if self not in self._session._open:
-            raise _closed()
+            raise session_closed()
 
     def _validate_reads(self) -> None:
         """Refuse to commit if what was read is no longer so (backward validation, Kung and Robinson 1981)."""
@@ -674,10 +542,6 @@ class InMemoryTransaction(TransactionBackend):
                     for name, value in zip(collection.fields, current, strict=True)
                 )
                 await self.replace(collection.name, key, nulled)
-
-
-def _closed() -> RuntimeError:
-    return RuntimeError("the session was closed under this transaction: await session.connect() and begin anew")
 
 
 def _duplicate(names: tuple[str, ...]) -> DuplicateKeyError:

@@ -8,7 +8,7 @@ import asyncio
 import logging.config
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -129,7 +129,7 @@ def _begin_explicitly(engine: AsyncEngine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _render_portably(kind: str, item: Any, autogenerate: AutogenContext) -> str | bool:
+def _render_portably(kind: str, item: Any, autogenerate: AutogenContext) -> str | Literal[False]:
     """Write what this library and SQLAlchemy spell the same for every database; leave the rest to Alembic."""
     if kind == "server_default":
         item = getattr(item, "arg", item)

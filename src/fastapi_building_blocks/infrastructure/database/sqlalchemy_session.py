@@ -5,7 +5,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Self
 
 import sqlalchemy as sa
@@ -255,6 +255,10 @@ class SQLAlchemySession(DatabaseSession):
             async with aclosing(operation(connection, statement, arguments)) as batches:
                 async for batch in batches:
                     yield batch
+        except GeneratorExit:
+            connection.intact = False  # the consumer left early; the operation has closed its cursor
+            self._pool.release(connection)
+            raise
         except Exception as error:
             failure = self._give_back_after(connection, error, statement)
             if failure is error:
@@ -418,15 +422,17 @@ class _SQLAlchemyTransaction(TransactionBackend):
 
 
 def _checked(url: str | URL) -> URL:
-    try:
+    parsed = is_async = None
+    with suppress(ArgumentError, NoSuchModuleError, ValueError, InvalidRequestError):
         parsed = make_url(url)
         is_async = parsed.get_dialect().is_async
-    except (ArgumentError, NoSuchModuleError, ValueError, InvalidRequestError) as error:
+    if parsed is None or is_async is None:
+        # Not chained: SQLAlchemy's error quotes parts of the URL, the password among them.
         raise ValueError(
             "the database URL is not one that SQLAlchemy knows; expected for example "
             "postgresql+asyncpg://user:password@host:5432/name, mysql+aiomysql://…, mssql+aioodbc://… "
             "or sqlite+aiosqlite:///./file.db"
-        ) from error
+        )
     if not is_async:
         name = parsed.get_backend_name()
         driver = _ASYNC_DRIVERS.get(name, ("an asynchronous driver", ""))[0]

@@ -176,7 +176,7 @@ class UnitOfWork(Transaction):
             if failure is error:
                 raise
             raise failure from (failure.__cause__ or error)
-        self._state = _State.READY
+        self._settle()
         return answer
 
     async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
@@ -193,6 +193,8 @@ class UnitOfWork(Transaction):
             async with aclosing(operation(self._connection, statement, arguments)) as items:
                 async for item in items:
                     yield item
+                    if self._state is not _State.BUSY:
+                        raise self._refusal()  # the unit has ended meanwhile: its connection is somebody else's
         except GeneratorExit:
             self._settle()  # the consumer left early; the operation has closed its cursor
             raise
@@ -204,8 +206,9 @@ class UnitOfWork(Transaction):
         self._settle()
 
     def _settle(self) -> None:
+        """End a call: the unit is ready for the next one, unless it ended or failed as a whole meanwhile."""
         if self._state is _State.BUSY:
-            self._state = _State.READY
+            self._state = _State.FAILED if self._whole_unit_failed else _State.READY
 
     def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:
         raise RuntimeError("a unit of work inside another one is a savepoint")  # UnitOfWork never asks
@@ -314,7 +317,12 @@ class _Savepoint:
         if unit._state is _State.ENDED:
             return
         if unit._state is _State.BUSY:
-            raise unit._refusal()
+            # Another task's statement, or an open stream, uses the connection: nothing can be undone on it.
+            unit._whole_unit_failed = True
+            unit._cause = refusal = unit._refusal()
+            if error is None:
+                raise refusal
+            return
         failed = unit._state is _State.FAILED
         if error is None and not failed:
             await self._send(unit._backend.release_savepoint)

@@ -88,8 +88,8 @@ class MySQLDialect(PortableDialect):
         return {"connect_args": {"connect_timeout": self.timeouts.connect, "charset": "utf8mb4"}}
 
     def prepare(self, engine: AsyncEngine) -> None:
-        # Strict mode whatever the server's default: a value that does not fit is refused, never cut.
-        strict = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES')"
+        # Whatever the server's default: a value that does not fit is refused, never cut, and the key 0 stays 0.
+        strict = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES,NO_AUTO_VALUE_ON_ZERO')"
         limit = self.timeouts.statement
 
         @sa.event.listens_for(engine.sync_engine, "connect")
@@ -179,7 +179,7 @@ class MySQLDialect(PortableDialect):
 
 
 def _bytes(text: Any) -> Any:
-    return sa.cast(text, sa.LargeBinary)
+    return sa.type_coerce(sa.cast(text, sa.LargeBinary), sa.String)
 
 
 def _first_quoted(message: str) -> str:

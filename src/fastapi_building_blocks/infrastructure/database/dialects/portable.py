@@ -280,11 +280,21 @@ class PortableDialect:
         return level
 
 
-def on_conflict(insert: Any, table: sa.Table, on: Sequence[str], written: Sequence[str], version: str | None) -> Any:
+def on_conflict(
+    insert: Any, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
+) -> Any:
     """Return an INSERT with ON CONFLICT DO UPDATE, as PostgreSQL and SQLite spell it."""
+    table: sa.Table = insert.table
     changes: dict[Any, Any] = {table.columns[name]: insert.excluded[name] for name in written}
     if version is not None:
         changes[table.columns[version]] = table.columns[version] + sa.literal_column("1")
+    key = list(table.primary_key.columns)
+    if not {column.key for column in key}.intersection(on) and all(column in row for column in key):
+        # The row that is found keeps its key. That the new key is another row's is a collision all the same, which
+        # only writing it brings to light.
+        other = table.alias()
+        taken = sa.exists().where(*[other.columns[column.key] == row[column] for column in key])
+        changes |= {column: sa.case((taken, row[column]), else_=column) for column in key}
     if not changes:
         changes[table.columns[on[0]]] = table.columns[on[0]]  # DO NOTHING would answer no row
     return insert.on_conflict_do_update(index_elements=[table.columns[name] for name in on], set_=changes)

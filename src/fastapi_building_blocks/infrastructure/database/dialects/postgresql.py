@@ -127,7 +127,7 @@ class PostgreSQLDialect(PortableDialect):
     def upsert(
         self, table: sa.Table, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
     ) -> Any:
-        return on_conflict(postgresql.insert(table).values(row), table, on, written, version)
+        return on_conflict(postgresql.insert(table).values(row), row, on, written, version)
 
     def estimate(self, table: sa.Table) -> Any:
         quoted = ".".join(f'"{name}"' for name in (table.schema, table.name) if name)

@@ -164,7 +164,7 @@ class SQLiteDialect(PortableDialect):
     def upsert(
         self, table: sa.Table, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
     ) -> Any:
-        return on_conflict(sqlite.insert(table).values(row), table, on, written, version)
+        return on_conflict(sqlite.insert(table).values(row), row, on, written, version)
 
     def lock(self, query: Any, table: sa.Table, lock: str) -> Any:
         if lock != "update":

@@ -1,0 +1,1 @@
+"""Repositories: what they declare, how rows become entities, one module for each store."""

@@ -284,7 +284,7 @@ class BaseRepository(DeclaredRepository[T]):
         return values
 
     def _new_row(self, connection: InMemoryTransaction, given: Mapping[str, Any]) -> Row:
-        values = dict.fromkeys(self._columns) | given
+        values: dict[str, Any] = {**dict.fromkeys(self._columns), **given}
         now = self._now()
         for place, fill in self._declaration.fills:
             column = self._mapping.columns[place]
@@ -444,6 +444,7 @@ class BaseRepository(DeclaredRepository[T]):
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:
         names, given = self._conflict_key(on), self._new_values(entity)
+        self._conflict_values(names, given)
         return self._load(await self._perform(lambda connection: self._upsert(connection, names, given)))
 
     async def upsert_many(self, entities: Iterable[T], on: Sequence[str] | None = None) -> int:
@@ -460,9 +461,16 @@ class BaseRepository(DeclaredRepository[T]):
         upserted: int = await self._perform(write)
         return upserted
 
+    def _conflict_values(self, names: tuple[str, ...], given: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the values that an upsert finds its entity by."""
+        for name in names:
+            if given.get(name) is None:
+                raise InvalidInputError(f"{name}: a value is required to find the entity by", fields=(name,))
+        return tuple(given[name] for name in names)
+
     async def _upsert(self, connection: InMemoryTransaction, names: tuple[str, ...], given: Mapping[str, Any]) -> Row:
         connection.require_writable()
-        values = tuple(given.get(name) for name in names)
+        values = self._conflict_values(names, given)
         while True:
             key = await self._holder(connection, names, values)
             if key is None:
@@ -484,13 +492,11 @@ class BaseRepository(DeclaredRepository[T]):
         self, connection: InMemoryTransaction, names: tuple[str, ...], values: tuple[Any, ...]
     ) -> Key | None:
         """Return the key of the row with these values; where there is none, they are claimed for this transaction."""
-        if None in values:
-            return None
         return connection.owner(self._name, names, values) or await connection.contend(self._name, names, values)
 
     async def get_or_add(self, entity: T, on: Sequence[str] | None = None) -> tuple[T, bool]:
         names, given = self._conflict_key(on), self._new_values(entity)
-        values = tuple(given.get(name) for name in names)
+        values = self._conflict_values(names, given)
 
         async def write(connection: InMemoryTransaction) -> tuple[Row, bool]:
             connection.require_writable()

@@ -1,6 +1,7 @@
 """What a repository declares about its entity and its table, checked once per class, on every store."""
 
 import copy
+import enum
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from fastapi_building_blocks.domain.query import (
 )
 from fastapi_building_blocks.domain.repository import Lock, Repository, SortKeys
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession
+from fastapi_building_blocks.infrastructure.persistence.repositories.field_conversions import annotations_of, core_type
 from fastapi_building_blocks.infrastructure.persistence.repositories.row_mapping import RowMapping
 
 T = TypeVar("T")
@@ -57,9 +59,6 @@ class Declaration(Generic[T]):
     """The primary key first, then every unique constraint and unique index on plain columns."""
     field_types: Mapping[str, type]
     """What may be filtered and sorted, with its Python type."""
-    hidden: frozenset[str]
-    generated: frozenset[str]
-    """Columns that ``add`` leaves out where the entity has None: the store or a default fills them."""
     kept_by_update: frozenset[str]
     """Columns that ``update`` never takes from the entity: key, version, creation time, computed ones."""
     fills: tuple[tuple[int, "Fill"], ...]
@@ -180,12 +179,8 @@ class DeclaredRepository(Repository[T]):
         cls._check_attributes(columns)
         cls._check_column_kinds(columns)
         hidden = frozenset(cls.hidden_columns)
-        filled = {
-            name for name, column in columns.items() if column.default is not None or column.server_default is not None
-        }
-        if table.autoincrement_column is not None:
-            filled.add(table.autoincrement_column.key)
         reads, writes = cls._by_hand()
+        annotations = annotations_of(entity_class)
         mapping: RowMapping[Any] = RowMapping(entity_class, table, _same if reads else None, _same if writes else None)
         kept = {*key, cls.version_column, cls.created_at_column}
         kept |= {name for name, column in columns.items() if column.computed is not None}
@@ -204,11 +199,14 @@ class DeclaredRepository(Repository[T]):
             mutable=tuple(place for place, column in enumerate(mapping.columns) if is_mutable(column)),
             key=key,
             unique_keys=_unique_keys(table, key),
-            field_types={name: _python_type(column) for name, column in columns.items() if name not in hidden},
-            hidden=hidden,
-            generated=frozenset(filled),
+            field_types={
+                name: _field_type(column, annotations.get(name))
+                for name, column in columns.items()
+                if name not in hidden
+            },
             kept_by_update=frozenset(name for name in kept if name),
-            deleted_flag=bool(cls.soft_delete_column) and isinstance(columns[cls.soft_delete_column].type, sa.Boolean),
+            deleted_flag=cls.soft_delete_column is not None
+            and isinstance(columns[cls.soft_delete_column].type, sa.Boolean),
         )
 
     @classmethod
@@ -271,8 +269,8 @@ class DeclaredRepository(Repository[T]):
                 continue
             kind = _python_type(columns[name])
             flag = attribute == "soft_delete_column" and kind is bool
-            if not flag and kind is not datetime:
-                raise TypeError(f"{cls.__name__}.{attribute} names {name!r}, which is no timestamp")
+            if not flag and not (kind is datetime and getattr(columns[name].type, "timezone", False)):
+                raise TypeError(f"{cls.__name__}.{attribute} names {name!r}, which is no timestamp with a UTC offset")
             if attribute == "soft_delete_column" and not flag and not columns[name].nullable:
                 raise TypeError(f"{cls.__name__}.{attribute} names {name!r}, which must be nullable")
 
@@ -513,6 +511,12 @@ def _unique_keys(table: sa.Table, key: tuple[str, ...]) -> tuple[tuple[str, ...]
     for group in sorted((tuple(column.key for column in group) for group in groups), key=str):
         found.setdefault(group)
     return tuple(found)
+
+
+def _field_type(column: sa.Column[Any], annotation: Any) -> type:
+    """Return a field's Python type: the entity's where that is an enum, else the column's."""
+    core = core_type(annotation)
+    return core if isinstance(core, type) and issubclass(core, enum.Enum) else _python_type(column)
 
 
 def _python_type(column: sa.Column[Any]) -> type:

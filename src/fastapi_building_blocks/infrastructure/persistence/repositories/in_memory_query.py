@@ -101,10 +101,8 @@ class InMemoryQuery:
         """
         found = list(rows)
         for key in reversed(order):  # a stable sort by the last key first
-            position = self._positions[key.field]
-            weigh = self._weigher(key)
             try:
-                found.sort(key=lambda row, position=position, weigh=weigh: weigh(row[position]), reverse=key.descending)
+                found.sort(key=self._row_weigher(key), reverse=key.descending)
             except TypeError as error:
                 raise _no_order(key.field) from error
         return found
@@ -124,6 +122,10 @@ class InMemoryQuery:
             return False
 
         return is_behind
+
+    def _row_weigher(self, key: Sort) -> Callable[[Row], tuple[Any, ...]]:
+        position, weigh = self._positions[key.field], self._weigher(key)
+        return lambda row: weigh(row[position])
 
     def _weigher(self, key: Sort) -> Callable[[Any], tuple[Any, ...]]:
         """Return what makes a sort key of a value, so that NULL lands where the sort says."""

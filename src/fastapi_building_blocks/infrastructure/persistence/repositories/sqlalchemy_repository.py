@@ -531,7 +531,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         parts = []
         for item in criteria:
             if isinstance(item, sa.ClauseElement):
-                compiled = item.compile()
+                compiled = item.compile(dialect=self._sql.compiler)
                 parts.append(f"{compiled} {compiled.params!r}")
             else:
                 parts.append(repr(item))

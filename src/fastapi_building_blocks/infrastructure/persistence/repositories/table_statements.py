@@ -52,6 +52,7 @@ class TableStatements(Generic[T]):
     ) -> None:
         self.table = declaration.table
         self.dialect = dialect
+        self.compiler = compiler
         self.mapping = mapping
         self.clauses = QueryClauses(declaration, dialect)
         self._declaration = declaration
@@ -106,7 +107,7 @@ class TableStatements(Generic[T]):
         if query.what == "count":
             return sa.select(sa.func.count()).select_from(self.table).where(*conditions)
         ones = query.what in ("capped count", "exists")
-        core = sa.select(sa.literal_column("1")).select_from(self.table) if ones else sa.select(*self._columns)
+        core = sa.select(sa.literal_column("1").label("one")).select_from(self.table) if ones else sa.select(*self._columns)
         core = core.where(*conditions)
         if query.order:
             core = core.order_by(*self.clauses.order(query.order))

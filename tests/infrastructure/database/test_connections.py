@@ -1,0 +1,403 @@
+"""What the pool promises: a cap, fairness, and that no connection is lost, shared or returned unsound."""
+
+import asyncio
+import logging
+import random
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from fastapi_building_blocks.domain import BuildingBlocksError, ConnectionLostError, PoolTimeoutError
+from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession
+from fastapi_building_blocks.infrastructure.database import connections as pool_module
+from tests.guarantees.ledger import Accounts, account, opened
+from tests.server_view import connections, kill_connections, open_transactions, until
+
+on_servers = pytest.mark.parametrize("database_url", ["postgres", "mysql"], indirect=True)
+
+
+@on_servers
+async def test_200_tasks_never_open_more_than_pool_size_and_overflow(database_url: str) -> None:
+    async with opened(database_url, pool_size=2, max_overflow=3, pool_timeout=30) as session:
+        repository = Accounts(session)
+        await repository.add(account(1))
+        most = 0
+
+        async def work() -> None:
+            async with session.transaction() as unit:
+                await Accounts(unit).get(1)
+            await repository.get(1)
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                most = max(most, await asyncio.to_thread(lambda: len(connections(database_url))))
+
+        watcher = asyncio.create_task(watch())
+        await asyncio.gather(*[work() for _ in range(200)])
+        watcher.cancel()
+        most = max(most, await asyncio.to_thread(lambda: len(connections(database_url))))
+        assert 1 <= most <= 5
+        assert session.pool_status() == PoolStatus(size=2, checked_out=0, idle=5, waiting=0)
+
+
+async def test_whoever_waits_longest_is_served_first(sqlite_url: str) -> None:
+    async with opened(sqlite_url, pool_size=1, max_overflow=0) as session:
+        served: list[int] = []
+
+        async def wait(place: int) -> None:
+            async with session.engine.connect():
+                served.append(place)
+                await asyncio.sleep(0)
+
+        holder = session._pool.take()
+        assert holder is not None
+        waiting = []
+        for place in range(20):
+            waiting.append(asyncio.create_task(wait(place)))
+            await asyncio.sleep(0)
+        await until(lambda: session.pool_status().waiting == 20)
+        session._pool.release(holder)
+        await asyncio.gather(*waiting)
+        assert served == list(range(20))
+
+
+async def test_a_newcomer_does_not_overtake_those_who_wait(sqlite_url: str) -> None:
+    async with opened(sqlite_url, pool_size=1, max_overflow=0) as session:
+        order: list[str] = []
+
+        async def read(name: str) -> None:
+            await session.execute(sa.text("SELECT 1"))
+            order.append(name)
+
+        holder = session._pool.take()
+        first = asyncio.create_task(read("waiter"))
+        await until(lambda: session.pool_status().waiting == 1)
+        session._pool.release(holder)  # handed over, before the waiter runs
+        await asyncio.gather(read("newcomer"), first)
+        assert order == ["waiter", "newcomer"]
+
+
+async def test_p4_waiting_ends_at_the_pool_timeout_and_recovers_at_once(database_url: str) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2) as session:
+        async with session.transaction() as unit:
+            await unit.execute(sa.text("SELECT 1"))
+            before = asyncio.get_running_loop().time()
+            with pytest.raises(PoolTimeoutError, match=r"0\.2 seconds"):
+                await session.execute(sa.text("SELECT 1"))
+            assert 0.18 <= asyncio.get_running_loop().time() - before <= 0.5
+            with pytest.raises(PoolTimeoutError):
+                async with session.transaction() as other:
+                    await other.execute(sa.text("SELECT 1"))
+            with pytest.raises(PoolTimeoutError):
+                [row async for row in session.stream(sa.text("SELECT 1"))]
+            with pytest.raises(PoolTimeoutError):
+                await session.ping()
+            assert session.pool_status() == PoolStatus(1, 1, 0, 0)
+        await session.ping()
+
+
+async def test_a_waiter_that_is_cancelled_loses_no_connection(database_url: str) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0) as session:
+        pool = session._pool
+        for served_first in (False, True):
+            holder = pool.take()
+            assert holder is not None
+            waiter = asyncio.create_task(session.ping())
+            await until(lambda: session.pool_status().waiting == 1)
+            if served_first:
+                pool.release(holder)
+                waiter.cancel()
+            else:
+                waiter.cancel()
+                pool.release(holder)
+            with pytest.raises(asyncio.CancelledError):
+                await waiter
+            await until(lambda: session.pool_status() == PoolStatus(1, 0, 1, 0))
+        await session.ping()
+
+
+async def test_a_connection_whose_opening_was_cancelled_is_kept(database_url: str) -> None:
+    async with opened(database_url, pool_size=3, max_overflow=0) as session:
+        holder = session._pool.take()
+        for _ in range(2):
+            opening = asyncio.create_task(session.ping())
+            await asyncio.sleep(0)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+        session._pool.release(holder)
+        await until(lambda: session.pool_status() == PoolStatus(3, 0, 3, 0))
+        if "sqlite" not in database_url:
+            assert len(connections(database_url)) == 3
+
+
+async def test_spare_connections_are_closed_once_they_were_idle_for_a_while(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_SPARE_LINGER", 0.05)
+    async with opened(database_url, pool_size=1, max_overflow=4) as session:
+        pool = session._pool
+        held = [pool.take() or await pool.acquire() for _ in range(5)]
+        for connection in held:
+            pool.release(connection)
+        assert session.pool_status() == PoolStatus(1, 0, 5, 0)
+        await until(lambda: session.pool_status() == PoolStatus(1, 0, 1, 0))
+        assert pool.overflow() == 0
+        if "sqlite" not in database_url:
+            await until(lambda: len(connections(database_url)) == 1)
+        await session.ping()
+
+
+async def test_spare_connections_in_use_are_not_closed(sqlite_url: str) -> None:
+    async with opened(sqlite_url, pool_size=1, max_overflow=2) as session:
+        pool = session._pool
+        held = [pool.take() or await pool.acquire() for _ in range(3)]
+        for connection in held:
+            pool.release(connection)
+        busy = [pool.take(), pool.take()]
+        for connection in busy:
+            pool.release(connection)
+        pool._trim()
+        assert session.pool_status().idle == 2, "one was idle all the time, two were needed"
+        pool._trim()
+        assert session.pool_status().idle == 1
+
+
+@on_servers
+async def test_p3_killed_idle_connections_are_no_error_for_a_single_read(database_url: str) -> None:
+    async with opened(database_url, pool_size=6, max_overflow=0) as session:
+        repository = Accounts(session)
+        await repository.add(account(1))
+        pool = session._pool
+        held = [pool.take() or await pool.acquire() for _ in range(6)]
+        for connection in held:
+            pool.release(connection)
+        assert await asyncio.to_thread(kill_connections, database_url) == 6
+        answers = await asyncio.gather(*[repository.get(1) for _ in range(12)])
+        assert answers == [account(1)] * 12
+        await session.ping()
+        await until(lambda: session.pool_status().checked_out == 0)
+
+
+@on_servers
+async def test_p3_killed_idle_connections_are_no_error_when_nobody_noticed_yet(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(database_url, pool_size=4, max_overflow=0) as session:
+        repository = Accounts(session)
+        await repository.add(account(1))
+        pool = session._pool
+        held = [pool.take() or await pool.acquire() for _ in range(4)]
+        for connection in held:
+            pool.release(connection)
+        monkeypatch.setattr(pool, "is_dead", lambda driver: False)
+        await asyncio.to_thread(kill_connections, database_url)
+        assert await repository.get(1) == account(1)
+        assert session.pool_status().idle == 1, "the others were opened before the one that broke, and are gone"
+        await asyncio.to_thread(kill_connections, database_url)
+        async with session.transaction() as unit:  # begins on another connection
+            assert await Accounts(unit).get(1) == account(1)
+        await asyncio.to_thread(kill_connections, database_url)
+        with pytest.raises(ConnectionLostError):
+            await repository.add(account(2))  # a write is never sent twice
+        await repository.add(account(2))
+
+
+@on_servers
+async def test_p3_a_connection_killed_within_a_unit_is_a_503_and_nothing_is_kept(database_url: str) -> None:
+    async with opened(database_url) as session:
+        with pytest.raises(ConnectionLostError):
+            async with session.transaction() as unit:
+                await Accounts(unit).add(account(1))
+                await asyncio.to_thread(kill_connections, database_url)
+                await Accounts(unit).add(account(2))
+        assert await Accounts(session).count() == 0
+        with pytest.raises(BuildingBlocksError):
+            async with session.transaction() as unit:
+                await Accounts(unit).add(account(1))
+                await asyncio.to_thread(kill_connections, database_url)
+        assert await Accounts(session).count() == 0
+        await until(lambda: session.pool_status().checked_out == 0)
+
+
+async def test_a_statement_in_use_while_disconnecting_ends_and_its_connection_is_closed(database_url: str) -> None:
+    session = SQLAlchemySession(database_url, pool_size=1, max_overflow=0)
+    await session.connect()
+    async with session.transaction() as unit:
+        await unit.execute(sa.text("SELECT 1"))
+        waiting = asyncio.create_task(session.ping())
+        await until(lambda: session.pool_status().waiting == 1)
+        await session.disconnect()
+        with pytest.raises(RuntimeError, match="disconnected"):
+            await waiting
+        assert (await unit.execute(sa.text("SELECT 7"))).scalar() == 7
+        assert session.pool_status().checked_out == 1
+    await until(lambda: session.pool_status().checked_out == 0)
+    assert session.pool_status().idle == 0
+    if "sqlite" not in database_url:
+        await until(lambda: not connections(database_url))
+    with pytest.raises(RuntimeError, match=r"connect\(\)"):
+        await session.ping()
+    await session.disconnect()  # again is quiet
+    await session.connect()
+    await session.ping()
+    await session.disconnect()
+
+
+async def test_the_engine_shares_the_pool_and_returns_connections_clean(database_url: str) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0) as session:
+        insert = sa.text("INSERT INTO accounts (id, number, balance) VALUES (1, 'A1', 0)")
+        async with session.engine.connect() as connection:
+            await connection.execute(insert)
+            assert session.pool_status() == PoolStatus(1, 1, 0, 0)
+            assert connection.in_transaction()
+        assert await Accounts(session).count() == 0, "closed without commit: rolled back"
+        with pytest.raises(ZeroDivisionError):
+            async with session.engine.begin() as connection:
+                await connection.execute(insert)
+                raise ZeroDivisionError
+        assert await Accounts(session).count() == 0
+        async with session.engine.begin() as connection:
+            await connection.execute(insert)
+        assert await Accounts(session).count() == 1
+        async with session.engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            assert raw.driver_connection is not None
+        assert session.pool_status() == PoolStatus(1, 0, 1, 0)
+        await Accounts(session).add(account(2))  # still in autocommit
+        assert await Accounts(session).count() == 2
+        assert "0 lent, 1 idle" in session._pool.status()
+
+
+async def test_a_transaction_left_open_by_a_raw_statement_is_rolled_back_on_return(database_url: str) -> None:
+    begin = "BEGIN" if "mysql" not in database_url else "START TRANSACTION"
+    async with opened(database_url, pool_size=1, max_overflow=0) as session:
+        await session.execute(sa.text(begin))
+        await Accounts(session).add(account(1))
+        await until(lambda: session.pool_status().checked_out == 0)
+        assert await Accounts(session).count() == 1
+        if "sqlite" not in database_url:
+            assert open_transactions(database_url) == 0
+
+
+async def test_a_cancelled_core_statement_of_the_engine_gives_its_place_back(database_url: str) -> None:
+    slow = {
+        "p": "SELECT pg_sleep(10)",
+        "m": "SELECT SLEEP(10)",
+        "s": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n WHERE i > 99999999999",
+    }[database_url[0]]
+    async with opened(database_url, pool_size=1, max_overflow=0, statement_timeout=1) as session:
+        for run in (session.execute, _through(session)):
+            task = asyncio.create_task(run(sa.text(slow)))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(lambda: session.pool_status().checked_out == 0)
+            await session.ping()
+
+
+def _through(session: SQLAlchemySession) -> Any:
+    async def run(statement: Any) -> None:
+        async with session.engine.connect() as connection:
+            await connection.execute(statement)
+
+    return run
+
+
+async def test_memory_is_one_connection_taken_in_turn() -> None:
+    async with opened("sqlite+aiosqlite:///:memory:") as session:
+        repository = Accounts(session)
+        assert session.pool_status() == PoolStatus(1, 0, 1, 0)
+        await asyncio.gather(*[repository.add(account(number)) for number in range(50)])
+
+        async def move(number: int) -> None:
+            async with session.transaction() as unit:
+                found = await Accounts(unit).get(number)
+                await asyncio.sleep(0)
+                await Accounts(unit).patch(number, {"balance": found.balance + 1})
+
+        await asyncio.gather(*[move(number % 10) for number in range(50)])
+        assert sum(found.balance for found in await repository.get_all()) == 50
+        task = asyncio.create_task(repository.count())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert await repository.count() == 50, "a cancelled call does not cost the database"
+
+
+async def test_closing_that_fails_is_logged_and_frees_the_place(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(sqlite_url, pool_size=1, max_overflow=0) as session:
+        connection = session._pool.take()
+        assert connection is not None
+        real = connection.record.invalidate
+        calls = iter([True])
+
+        def invalidate(*arguments: Any, **named: Any) -> None:
+            if next(calls, False):
+                raise OSError("broken pipe")
+            real(*arguments, **named)
+
+        monkeypatch.setattr(type(connection.record), "invalidate", lambda self: invalidate())
+        with caplog.at_level(logging.DEBUG, logger=pool_module.__name__):
+            session._pool.discard(connection)
+            await until(lambda: session.pool_status().checked_out == 0)
+        assert "did not close cleanly" in caplog.text
+        await session.ping()
+
+
+async def _random_work(session: SQLAlchemySession, number: int) -> None:
+    """One of the ways to use a session; whatever it writes for ``number``, it writes two rows or none."""
+    repository = Accounts(session)
+    pair = [account(number * 2 + 10), account(number * 2 + 11)]
+    kind = number % 7
+    if kind == 0:
+        await repository.get_all(limit=20)
+    elif kind == 1:
+        async with session.transaction() as unit:
+            for one in pair:
+                await Accounts(unit).add(one)
+    elif kind == 2:
+        async for _ in repository.stream(batch_size=5):
+            await asyncio.sleep(0)
+    elif kind == 3:
+        await repository.add_many(pair)
+    elif kind == 4:
+        await repository.upsert_many(pair)
+    elif kind == 5:
+        async with session.transaction() as unit, unit.savepoint():
+            await Accounts(unit).add_many(pair)
+            await unit.execute(sa.text("SELECT 1"))
+            async for _ in Accounts(unit).stream(batch_size=5):
+                pass
+    else:
+        async for _ in session.stream(sa.text("SELECT id FROM accounts")):
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["driver", "portable"])
+async def test_t7_random_cancellations_lose_nothing_and_leave_every_transaction_whole_or_absent(
+    database_url: str, portable: bool
+) -> None:
+    chance = random.Random(2026)
+    async with opened(database_url, pool_size=3, max_overflow=3, pool_timeout=60, portable=portable) as session:
+        await Accounts(session).add_many([account(number) for number in range(10)])
+        for start in range(0, 350, 25):
+            tasks = [asyncio.create_task(_random_work(session, number)) for number in range(start, start + 25)]
+            for _ in range(chance.randrange(25)):
+                await asyncio.sleep(chance.random() / 300)
+                chance.choice(tasks).cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            failures = [one for one in outcomes if isinstance(one, BaseException)]
+            assert all(isinstance(one, asyncio.CancelledError) for one in failures), failures
+        await until(lambda: session.pool_status().checked_out == 0)
+        if "sqlite" not in database_url:
+            await until(lambda: open_transactions(database_url) == 0)
+        stored = {found.id for found in await Accounts(session).get_all() if found.id >= 10}
+        assert all(number ^ 1 in stored for number in stored)
+        assert len(stored) >= 50
+        await session.ping()
