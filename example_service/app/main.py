@@ -78,6 +78,8 @@ def main() -> int:
     try:
         session = get_db()
         asyncio.run(serve(create_app(), session))
+    except KeyboardInterrupt:
+        return 130  # what a shell answers for Ctrl-C; everything in flight has ended
     except (ValidationError, ValueError, ModuleNotFoundError) as error:
         logger.error("the settings are wrong: %s", error)  # noqa: TRY400 - a sentence, not a stack
         return 2

@@ -41,10 +41,13 @@ def tables_url(
 
 class OnDatabase(SampleContract):
     base = SQLAlchemyRepository
+    portable = False
+    returning = True
 
     @pytest.fixture
     async def session(self, tables_url: str) -> AsyncIterator[SQLAlchemySession]:
-        async with SQLAlchemySession(tables_url) as session:
+        async with SQLAlchemySession(tables_url, portable=self.portable) as session:
+            session.dialect.insert_returning &= self.returning
             for table in reversed(metadata.sorted_tables):
                 await session.execute(table.delete())
             yield session
@@ -84,3 +87,40 @@ class TestNotesInAPrivateSQLite(OnDatabase, NoteContract):
         async with SQLAlchemySession("sqlite+aiosqlite:///:memory:") as session:
             await session.create_tables(metadata)
             yield session
+
+
+@pytest.mark.parametrize("tables_url", ["mysql"], indirect=True)
+class WithoutReturning(OnDatabase):
+    """MySQL has no RETURNING; MariaDB does, so here it is told that it does not."""
+
+    returning = False
+
+
+class TestNotesWithoutReturning(WithoutReturning, NoteContract):
+    pass
+
+
+class TestArticlesWithoutReturning(WithoutReturning, ArticleContract):
+    pass
+
+
+class TestTicketsWithoutReturning(WithoutReturning, TicketContract):
+    pass
+
+
+class TestSettingsWithoutReturning(WithoutReturning, SettingContract):
+    pass
+
+
+class OnPortablePath(OnDatabase):
+    """SQLAlchemy's adapted cursor instead of the driver's own connection."""
+
+    portable = True
+
+
+class TestNotesOnPortablePath(OnPortablePath, NoteContract):
+    pass
+
+
+class TestArticlesOnPortablePath(OnPortablePath, ArticleContract):
+    pass

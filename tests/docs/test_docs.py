@@ -280,7 +280,6 @@ async def test_the_code_of_a_page_runs_and_its_requests_are_answered_as_shown(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "modules", sys.modules)
     before = set(sys.modules)
     async with AsyncExitStack() as stack:
         walk = Walk(page, tmp_path, stack)
@@ -306,7 +305,12 @@ def test_every_block_has_a_language_and_is_closed(page: Path):
 
 
 def test_what_is_not_executed_is_the_exception():
-    skipped = [(name_of(page), block.argument) for page in PAGES for block in blocks_of(page) if block.directive == "not executed"]
+    skipped = [
+        (name_of(page), block.argument)
+        for page in PAGES
+        for block in blocks_of(page)
+        if block.directive == "not executed"
+    ]
     assert len(skipped) <= 2, skipped
 
 
@@ -327,7 +331,7 @@ def test_every_link_leads_somewhere(page: Path):
 @every_page
 def test_every_test_and_every_file_that_a_page_names_exists(page: Path):
     text = prose_of(page)
-    missing = [name for name in TEST_NAME.findall(text) if name not in tests()]
+    missing = [name for name in TEST_NAME.findall(text) if name not in every_test()]
     missing += [path for path in TREE_PATH.findall(text) if not (ROOT / path).exists()]
     assert not missing
 
@@ -341,13 +345,15 @@ def test_every_error_that_a_page_names_exists(page: Path):
 
 def test_the_errors_page_draws_the_whole_tree():
     drawn = (ROOT / "docs" / "errors.md").read_text()
-    every = [value for value in vars(domain).values() if isinstance(value, type) and issubclass(value, BuildingBlocksError)]
+    every = [
+        value for value in vars(domain).values() if isinstance(value, type) and issubclass(value, BuildingBlocksError)
+    ]
     assert not [kind.__name__ for kind in every if kind.__name__ not in drawn or f"`{kind.code}`" not in drawn]
 
 
 def test_the_repositories_page_names_every_method():
     text = (ROOT / "docs" / "repositories.md").read_text()
-    methods = [name for name in vars(domain.Repository) if not name.startswith("_") and name not in ("field_types",)]
+    methods = [name for name in vars(domain.Repository) if not name.startswith("_") and name != "field_types"]
     assert not [name for name in methods if f"`{name}" not in text]
 
 
@@ -389,7 +395,7 @@ def numbered(letter: str, first: int, last: int) -> set[str]:
 
 
 @cache
-def tests() -> frozenset[str]:
+def every_test() -> frozenset[str]:
     files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "src/fastapi_building_blocks/testing").rglob("*.py")]
     return frozenset(name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())) | frozenset(
         file.stem for file in files

@@ -116,7 +116,7 @@ async def path(client: httpx2.AsyncClient) -> str:
 
 async def test_e3_naughty_strings_in_bodies(client: httpx2.AsyncClient, path: str):
     for text in NAUGHTY:
-        for field in ("email", "username", "first_name", "full_name", "bio", "hashed_password", "status", text):
+        for field in ("email", "username", "first_name", "hashed_password", "status", text):
             judge(await client.post(USERS, **as_json({"email": "bob@test.com", "username": "bob", field: text})))
             judge(await client.patch(path, **as_json({field: text})))
         credentials = {"username": text, "password": text}

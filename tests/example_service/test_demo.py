@@ -1,6 +1,7 @@
 """The demo is the same walk on every database, and notices when the service is wrong."""
 
 import os
+import secrets
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from example_service.demo import Answer, Expectation, Walk, tables_of
+from example_service.demo import Answer, Expectation, Walk, execute, tables_of
 from tests.backends import Backends, run_apart
 
 ROOT = Path(__file__).parents[2]
@@ -30,21 +31,41 @@ def test_the_transcripts_on_all_databases_are_equal(backends: Backends, tmp_path
         urls = {name: stack.enter_context(backends.database(name)) for name in ("postgres", "mysql")} | {"sqlite": ""}
         with ThreadPoolExecutor(2) as executor:
             done = dict(zip(urls, executor.map(lambda name: demo(urls[name], tmp_path / name), urls), strict=True))
-    for name, result in done.items():
-        assert result.returncode == 0, f"{name}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
-        assert "\033[" not in result.stdout  # not a terminal
+        for name, result in done.items():
+            assert result.returncode == 0, f"{name}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+            assert "\033[" not in result.stdout  # not a terminal
+        for name in ("postgres", "mysql"):
+            assert run_apart(tables_of(sa.make_url(urls[name]))) == set()  # the demo had a database of its own
     transcripts = {name: (tmp_path / name).read_text() for name in urls}
     assert len(transcripts["sqlite"].splitlines()) > 500
     assert transcripts["postgres"] == transcripts["sqlite"]
     assert transcripts["mysql"] == transcripts["sqlite"]
 
 
-@pytest.mark.parametrize("database_url", ["postgres", "mysql"], indirect=True)
-def test_the_demo_leaves_the_given_database_as_it_was(database_url: str, tmp_path: Path):
-    first, second = demo(database_url, tmp_path / "1"), demo(database_url, tmp_path / "2")
-    assert (first.returncode, second.returncode) == (0, 0), first.stdout[-2000:] + first.stderr + second.stderr
-    assert (tmp_path / "1").read_text() == (tmp_path / "2").read_text()
-    assert run_apart(tables_of(sa.make_url(database_url))) == set()
+@pytest.mark.slow
+def test_a_user_who_may_not_create_databases_gets_the_given_one_back_as_it_was(backends: Backends, tmp_path: Path):
+    role, password = f"demo_{secrets.token_hex(4)}", secrets.token_hex(8)
+    with backends.database("postgres") as url:
+        admin = sa.make_url(url)
+        run_apart(execute(admin, f"CREATE ROLE {role} LOGIN PASSWORD '{password}'"))
+        try:
+            run_apart(execute(admin, f"ALTER DATABASE {admin.database} OWNER TO {role}"))
+            run_apart(execute(admin, f"GRANT ALL ON SCHEMA public TO {role}"))
+            limited = admin.set(username=role, password=password)
+            result = demo(limited.render_as_string(hide_password=False), tmp_path / "transcript")
+            assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+            assert password not in result.stdout
+            assert run_apart(tables_of(limited)) == set()
+
+            run_apart(execute(limited, "CREATE TABLE users (id int)"))
+            result = demo(limited.render_as_string(hide_password=False), tmp_path / "transcript")
+            assert result.returncode == 2
+            assert "may not create a database" in result.stderr
+            assert run_apart(tables_of(limited)) == {"users"}
+        finally:
+            run_apart(execute(admin, f"REASSIGN OWNED BY {role} TO CURRENT_USER"))
+            run_apart(execute(admin, f"DROP OWNED BY {role}"))
+            run_apart(execute(admin, f"DROP ROLE {role}"))
 
 
 def test_an_unreachable_server_ends_the_demo_with_a_sentence(tmp_path: Path):

@@ -87,11 +87,18 @@ def test_the_command_migrates_serves_and_ends_on_sigterm(database_url: str, tmp_
     assert "ERROR" not in logged
 
 
-def test_a_second_start_finds_what_the_first_has_left(tmp_path: Path):
-    url = f"sqlite+aiosqlite:///{tmp_path}/users.db"
+def test_ctrl_c_ends_it_without_a_stack(sqlite_url: str, tmp_path: Path):
+    port, log = free_port(), tmp_path / "log"
+    with running_service(sqlite_url, port, log) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 130
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_second_start_finds_what_the_first_has_left(sqlite_url: str, tmp_path: Path):
     for _ in range(2):
         port = free_port()
-        with running_service(url, port, tmp_path / "log") as process:
+        with running_service(sqlite_url, port, tmp_path / "log") as process:
             wait_until_ready(process, port)
     assert "Traceback" not in (tmp_path / "log").read_text()
 

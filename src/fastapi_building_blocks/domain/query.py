@@ -325,7 +325,7 @@ def encode_cursor(values: Sequence[Any], *, query: str, backwards: bool) -> str:
     """Return an opaque cursor that stands at a row.
 
     Args:
-        values: the row's sort keys, primary key last.
+        values: the row's sort keys, primary key last; none at all: the cursor stands at the end of the list.
         query: what identifies the query (its sorts and criteria); a cursor is refused by any other query.
         backwards: whether the page lies before the row.
     """
@@ -335,7 +335,7 @@ def encode_cursor(values: Sequence[Any], *, query: str, backwards: bool) -> str:
 
 
 def decode_cursor(cursor: str, *, query: str, width: int) -> tuple[tuple[Any, ...], bool]:
-    """Return the sort keys and the direction of a cursor.
+    """Return the sort keys, ``width`` of them or none, and the direction of a cursor.
 
     Raises:
         InvalidQueryError: it is malformed, or was made by another query.
@@ -350,7 +350,7 @@ def decode_cursor(cursor: str, *, query: str, width: int) -> tuple[tuple[Any, ..
         values = tuple(None if item is None else _DECODERS[item[0]](item[1]) for item in encoded)
     except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError, binascii.Error) as error:
         raise InvalidQueryError(_BAD_CURSOR, fields=("cursor",)) from error
-    if fingerprint != _fingerprint(query) or len(values) != width:
+    if fingerprint != _fingerprint(query) or len(values) not in (0, width):
         raise InvalidQueryError(
             "the cursor belongs to another sort or filter; start again without a cursor", fields=("cursor",)
         )

@@ -116,6 +116,18 @@ class PageContract(ContractSubject[T]):
         back = await repository.paginate_by_cursor(CursorRequest(limit=3, cursor=second.prev_cursor), sort=name)
         assert self._numbers(back) == [1, 2, 3]
 
+    async def test_r2_a_page_whose_rows_were_all_deleted_leads_back(self, repository: Repository[T]) -> None:
+        await self.added(repository, *range(4))
+        everything = await repository.get_all()
+        first = await repository.paginate_by_cursor(CursorRequest(limit=2))
+        for entity in everything[2:]:
+            assert await repository.delete(self.key_of(entity))
+        empty = await repository.paginate_by_cursor(CursorRequest(limit=2, cursor=first.next_cursor))
+        assert (list(empty.items), empty.next_cursor) == ([], None)
+        back = await repository.paginate_by_cursor(CursorRequest(limit=2, cursor=empty.prev_cursor))
+        assert list(back.items) == everything[:2]
+        assert (back.next_cursor, back.prev_cursor) == (None, None)
+
     async def test_r2_the_direction_can_be_turned_on_every_page(self, repository: Repository[T]) -> None:
         await self.added(repository, *range(6))
         everything = await repository.get_all()

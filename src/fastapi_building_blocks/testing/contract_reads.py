@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import pytest
 
 from fastapi_building_blocks.domain import (
+    DuplicateKeyError,
     InvalidInputError,
     InvalidQueryError,
     MultipleResultsError,
@@ -308,6 +309,23 @@ class ReadContract(ContractSubject[T]):
         assert await repository.including_deleted().delete(key) is True
         assert await repository.including_deleted().get_by_id(key) is None
         assert await repository.restore(key) is False
+
+    async def test_r7_a_soft_deleted_entity_holds_its_unique_values_and_an_upsert_revives_it(
+        self, repository: Repository[T]
+    ) -> None:
+        column = self.needs_column(repository, "soft_delete_column")
+        on = [self.unique_field] if self.unique_field else None
+        [stored] = await self.added(repository, 1)
+        key = self.key_of(stored)
+        await repository.delete(key)
+        with pytest.raises(DuplicateKeyError):
+            await repository.get_or_add(self.make_entity(1), on=on)
+        found, created = await repository.including_deleted().get_or_add(self.make_entity(1), on=on)
+        assert (self.key_of(found), created) == (key, False)
+        revived = await repository.upsert(self.make_entity(1), on=on)
+        assert self.key_of(revived) == key
+        assert not self.value(revived, column)
+        assert await repository.get(key) == revived
 
     # Sharing
 

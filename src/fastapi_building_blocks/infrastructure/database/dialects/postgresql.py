@@ -23,6 +23,7 @@ from fastapi_building_blocks.domain.errors import (
 )
 from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
+from fastapi_building_blocks.infrastructure.database.types import BinaryString
 
 from .portable import Failure, PortableDialect, Row, on_conflict
 
@@ -121,6 +122,9 @@ class PostgreSQLDialect(PortableDialect):
 
     def text_search(self, operator: Operator, column: Any, operand: Any) -> Any:
         if operator is Operator.ICONTAINS:
+            if isinstance(column.type, BinaryString):
+                # Its collation "C" knows the case of ASCII letters only.
+                column = sa.collate(column, "default")
             return column.ilike(operand, escape="\\")
         return column.like(operand, escape="\\")
 

@@ -213,7 +213,7 @@ class BaseRepository(DeclaredRepository[T]):
         is_behind: Callable[[Row], bool] | None = None
         if position is not None:
             direction = tuple(key.reversed for key in order) if position.backwards else order
-            is_behind = self._query.behind(direction, position.values)
+            is_behind = self._query.behind(direction, position.values) if position.values else None
 
         async def read(connection: InMemoryTransaction) -> list[Row]:
             rows = (row for _, row in connection.rows(self._name, matches))
@@ -544,6 +544,7 @@ class BaseRepository(DeclaredRepository[T]):
         return await self._for_each(self._matches(criteria), self._remove)
 
     async def restore(self, id: Any) -> bool:
+        self._require_soft_delete()
         key = self._key_values(id)
 
         async def write(connection: InMemoryTransaction) -> bool:

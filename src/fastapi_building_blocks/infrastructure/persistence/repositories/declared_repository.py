@@ -73,7 +73,7 @@ class Declaration(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a keyset page begins: behind the row with these sort keys, or before it."""
+    """Where a keyset page begins: behind the row with these sort keys, or before it; without any, at that end."""
 
     values: tuple[Any, ...]
     backwards: bool
@@ -228,8 +228,9 @@ class DeclaredRepository(Repository[T]):
                 fills.append((place, lambda: 1))
             elif column.default is not None and not _in_sql(column.default):
                 fills.append((place, _python_default(mapping, column, column.default)))
-            elif column.key == cls.soft_delete_column and isinstance(column.type, sa.Boolean):
-                fills.append((place, lambda: False))
+            elif column.key == cls.soft_delete_column:
+                mark = False if isinstance(column.type, sa.Boolean) else None
+                fills.append((place, lambda mark=mark: mark))
             elif (
                 column.default is not None
                 or column.server_default is not None
@@ -375,6 +376,11 @@ class DeclaredRepository(Repository[T]):
                 return unique
         raise ValueError(f"on={list(on)} is no unique key of {self._declaration.table.name}")
 
+    def _require_soft_delete(self) -> str:
+        if self.soft_delete_column is None:
+            raise TypeError(f"{type(self).__name__} declares no soft_delete_column, so nothing can be restored")
+        return self.soft_delete_column
+
     def _deleted_mark(self, deleted: bool) -> Any:
         """Return what ``soft_delete_column`` holds for a deleted entity, or for one that is not."""
         if self._declaration.deleted_flag:
@@ -415,7 +421,7 @@ class DeclaredRepository(Repository[T]):
         values, backwards = decode_cursor(request.cursor, query=query, width=len(order))
         checked = tuple(
             None if value is None else self._cursor_value(key.field, value)
-            for key, value in zip(order, values, strict=True)
+            for key, value in zip(order, values, strict=bool(values))
         )
         return Position(checked, backwards)
 
@@ -442,7 +448,12 @@ class DeclaredRepository(Repository[T]):
         backwards = position is not None and position.backwards
         if backwards:
             found.reverse()
-        has_prev, has_next = (more, True) if backwards else (position is not None, more)
+        inner = position is not None and bool(position.values)
+        has_prev, has_next = (more, inner) if backwards else (inner, more)
+        if not found and inner:
+            # Everything beyond the cursor was deleted meanwhile: the way back begins at that end of the list.
+            end = encode_cursor((), query=query, backwards=not backwards)
+            return CursorPage([], end, None) if backwards else CursorPage([], None, end)
         if not found:
             return CursorPage([], None, None)
         return CursorPage(

@@ -1,7 +1,7 @@
 """The repository on any SQL database: Core tables in, entities out, at the driver's speed."""
 
 import copy
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import datetime
 from itertools import islice
@@ -27,6 +27,7 @@ from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_
 from fastapi_building_blocks.infrastructure.persistence.repositories.table_statements import Query, TableStatements
 
 T = TypeVar("T")
+Answer = TypeVar("Answer")
 
 Condition = Criterion | sa.ColumnElement[bool]
 Values = list[Any]
@@ -299,9 +300,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         return bool(await self._session.perform(self._sql.dialect.execute, statement, arguments))
 
     async def restore(self, id: Any) -> bool:
-        if self.soft_delete_column is None:
-            raise TypeError(f"{type(self).__name__} declares no soft_delete_column, so nothing can be restored")
-        changes = self._touched({self.soft_delete_column: self._deleted_mark(False)})
+        changes = self._touched({self._require_soft_delete(): self._deleted_mark(False)})
         statement = self._sql.restore(tuple(changes))
         arguments = statement.bind([*changes.values(), *self._key_values(id)])
         return bool(await self._session.perform(self._sql.dialect.execute, statement, arguments))
@@ -358,7 +357,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         async with self._atomic() as unit:
             statement = sql.upsert(omitted, keys, False)
             await unit.perform(sql.dialect.execute, statement, statement.bind(values))
-            found = await self._find(unit, keys, values, None)
+            found = await self._find(unit, keys, values)
         assert found is not None, "the row was written in the same transaction"
         return found
 
@@ -369,7 +368,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         return await self._unclashed(lambda: self._get_or_add(keys, values, omitted))
 
     async def _get_or_add(self, keys: tuple[str, ...], values: Values, omitted: frozenset[int]) -> tuple[T, bool]:
-        found = await self._find(self._session, keys, values, None)
+        found = await self._find(self._session, keys, values, deleted_too=self._deleted_too)
         if found is not None:
             return found, False
         try:
@@ -378,7 +377,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         except DuplicateKeyError:
             # Someone was faster. In a transaction a locking read sees that row, an older snapshot would not.
             lock = "update" if self._session.in_transaction else None
-            found = await self._find(self._session, keys, values, lock)
+            found = await self._find(self._session, keys, values, deleted_too=self._deleted_too, lock=lock)
             if found is None:
                 raise
             return found, False
@@ -391,14 +390,20 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         return self._stored(values)
 
     async def _find(
-        self, session: DatabaseSession, keys: tuple[str, ...], values: Sequence[Any], lock: str | None
+        self,
+        session: DatabaseSession,
+        keys: tuple[str, ...],
+        values: Sequence[Any],
+        *,
+        deleted_too: bool = True,
+        lock: str | None = None,
     ) -> T | None:
-        statement = self._sql.by_fields(keys, lock)
+        statement = self._sql.by_fields(keys, lock, deleted_too)
         arguments = statement.bind([values[self._sql.place(name)] for name in keys])
         rows = await session.perform(self._sql.dialect.fetch, statement, arguments)
         return self._entity(self._sql.one(rows[0])) if rows else None
 
-    async def _unclashed(self, work: Callable[[], Any]) -> Any:
+    async def _unclashed(self, work: Callable[[], Awaitable[Answer]]) -> Answer:
         """Await an atomic step; on a session, where it is a transaction of its own, a deadlock repeats it."""
         if self._session.in_transaction:
             return await work()
@@ -417,7 +422,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             return error
         for unique in self._declaration.unique_keys:
             if unique != keys and not any(values[self._sql.place(name)] in (None, MISSING) for name in unique):
-                if await self._find(self._session, unique, values, None) is not None:
+                if await self._find(self._session, unique, values) is not None:
                     return DuplicateKeyError(f"{' and '.join(unique)} is already taken", fields=unique)
         return error
 

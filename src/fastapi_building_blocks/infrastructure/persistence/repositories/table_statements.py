@@ -107,7 +107,11 @@ class TableStatements(Generic[T]):
         if query.what == "count":
             return sa.select(sa.func.count()).select_from(self.table).where(*conditions)
         ones = query.what in ("capped count", "exists")
-        core = sa.select(sa.literal_column("1").label("one")).select_from(self.table) if ones else sa.select(*self._columns)
+        core = (
+            sa.select(sa.literal_column("1").label("one")).select_from(self.table)
+            if ones
+            else sa.select(*self._columns)
+        )
         core = core.where(*conditions)
         if query.order:
             core = core.order_by(*self.clauses.order(query.order))
@@ -134,16 +138,16 @@ class TableStatements(Generic[T]):
             lock=lock,
         )
 
-    def by_fields(self, names: tuple[str, ...], lock: str | None) -> Statement:
-        """Return the SELECT of the row with these values of a unique key, deleted or not; its values: those."""
+    def by_fields(self, names: tuple[str, ...], lock: str | None, deleted_too: bool) -> Statement:
+        """Return the SELECT of the row with these values of a unique key; its values: those."""
 
         def build() -> Any:
             placeholder = Placeholders()
             columns = [self.table.columns[name] for name in names]
             where = [column == placeholder(column.type) for column in columns]
-            return self._locked(sa.select(*self._columns).where(*where), lock)
+            return self._locked(sa.select(*self._columns).where(*where, *self.visible(deleted_too)), lock)
 
-        return self._cached(("by fields", names, lock), build, reads=lock is None, lock=lock)
+        return self._cached(("by fields", names, lock, deleted_too), build, reads=lock is None, lock=lock)
 
     def by_keys(self, count: int, deleted_too: bool) -> Statement:
         """Return the SELECT of many rows; its values: ``count`` keys one after the other, or one list of them."""
