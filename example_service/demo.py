@@ -175,7 +175,7 @@ class Walk:
         self.steps += 1
         text = query if isinstance(query, str) else urlencode(query)
         sent = {"X-Request-ID": f"demo-{self.steps:02}", **(headers or {})}
-        payload = raw if body is None else json.dumps(body).encode()
+        payload = raw if body is None else json.dumps(body, separators=(",", ":")).encode()
         if payload is not None:
             sent = {"Content-Type": "application/json", **sent}
         request = Request(method, f"{path}?{text}" if text else path, sent, payload)

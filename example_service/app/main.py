@@ -36,7 +36,6 @@ LOGGING = {
         "stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["request_id"]},
     },
     "root": {"level": "INFO", "handlers": ["stderr"]},
-    "loggers": {"sqlalchemy": {"level": "WARNING"}},
 }
 
 
@@ -68,7 +67,6 @@ async def serve(app: FastAPI, session: SQLAlchemySession) -> None:
     async with session:
         logger.info("migrating %r", session)
         await upgrade(get_database_settings().url, MIGRATIONS)
-    logger.info("serving on http://%s:%d", settings.host, settings.port)
     await uvicorn.Server(uvicorn.Config(app, settings.host, settings.port, log_config=None)).serve()
 
 

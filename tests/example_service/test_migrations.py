@@ -6,11 +6,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import pytest
 import sqlalchemy as sa
-from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -91,103 +88,6 @@ def test_the_alembic_command_works_from_the_root(database_url: str):
         done = alembic(database_url, *arguments)
         assert done.returncode == 0, done.stderr
     assert "CREATE TABLE users" in done.stdout
-
-
-# Alembic as the library supplies it, with migrations of the test's own
-
-
-def write_environment(directory: Path, *revisions: str) -> Path:
-    (directory / "versions").mkdir()
-    (directory / "alembic.ini").write_text("[alembic]\nscript_location = %(here)s\npath_separator = os\n")
-    (directory / "script.py.mako").write_text((MIGRATIONS / "script.py.mako").read_text())
-    (directory / "env.py").write_text(
-        "import sqlalchemy as sa\n"
-        "from fastapi_building_blocks.infrastructure import BinaryString, ExactDecimal, UtcDateTime\n"
-        "from fastapi_building_blocks.infrastructure.database.migrations import run_migrations\n"
-        "metadata = sa.MetaData()\n"
-        "sa.Table('orders', metadata, sa.Column('id', sa.Uuid(), primary_key=True),\n"
-        "    sa.Column('paid', sa.Boolean(), server_default=sa.false(), nullable=False),\n"
-        "    sa.Column('code', BinaryString(10)), sa.Column('price', ExactDecimal(30, 2)),\n"
-        "    sa.Column('placed_at', UtcDateTime(), nullable=False), sa.Column('details', sa.JSON()))\n"
-        "run_migrations(metadata, '')\n"
-    )
-    for number, body in enumerate(revisions, 1):
-        before = repr(f"{number - 1}") if number > 1 else "None"
-        (directory / "versions" / f"{number}.py").write_text(
-            f"import sqlalchemy as sa\nfrom alembic import op\nrevision = '{number}'\ndown_revision = {before}\n"
-            f"def upgrade():\n    {body}\ndef downgrade():\n    pass\n"
-        )
-    return directory
-
-
-CREATE = "op.create_table('things', sa.Column('id', sa.Integer(), primary_key=True), sa.Column('name', sa.String(20)))"
-
-
-@pytest.mark.parametrize("database_url", ["sqlite", "postgres"], indirect=True)
-async def test_a_migration_that_fails_leaves_nothing_behind(database_url: str, tmp_path: Path):
-    directory = write_environment(tmp_path, CREATE, f"{CREATE.replace('things', 'more')}; raise ZeroDivisionError")
-    with pytest.raises(ZeroDivisionError):
-        await upgrade(database_url, directory)
-    assert await on_connection(database_url, tables) == set()
-
-
-async def test_a_batch_alters_a_table_on_every_database_and_keeps_its_rows(database_url: str, tmp_path: Path):
-    fill = "op.execute(\"INSERT INTO things (id, name) VALUES (1, 'one')\")"
-    alter = (
-        "\n    with op.batch_alter_table('things') as batch:\n"
-        "        batch.alter_column('name', existing_type=sa.String(20), type_=sa.String(40), nullable=False)\n"
-        "        batch.create_unique_constraint('uq_things_name', ['name'])"
-    )
-    await upgrade(database_url, write_environment(tmp_path, CREATE, fill, alter))
-
-    def look(connection: sa.Connection) -> Any:
-        return connection.execute(sa.text("SELECT id, name FROM things")).all(), [
-            constraint["name"] for constraint in sa.inspect(connection).get_unique_constraints("things")
-        ]
-
-    assert await on_connection(database_url, look) == ([(1, "one")], ["uq_things_name"])
-
-
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_a_batch_on_sqlite_keeps_the_rows_that_refer_to_the_table(database_url: str, tmp_path: Path):
-    parents = "op.create_table('things', sa.Column('id', sa.Integer(), primary_key=True), sa.Column('x', sa.String(9)))"
-    children = (
-        "op.create_table('parts', sa.Column('id', sa.Integer(), primary_key=True), "
-        "sa.Column('thing', sa.Integer(), sa.ForeignKey('things.id', ondelete='CASCADE')))"
-    )
-    fill = "op.execute('INSERT INTO things (id) VALUES (1)'); op.execute('INSERT INTO parts VALUES (1, 1)')"
-    alter = "\n    with op.batch_alter_table('things') as batch:\n        batch.drop_column('x')"
-    await upgrade(database_url, write_environment(tmp_path, parents, children, fill, alter))
-    count = sa.text("SELECT count(*) FROM parts")
-    assert await on_connection(database_url, lambda connection: connection.scalar(count)) == 1
-
-
-async def test_a_generated_migration_is_portable_and_complete(database_url: str, tmp_path: Path):
-    directory = write_environment(tmp_path)
-
-    def generate(connection: sa.Connection) -> None:
-        config = Config(directory / "alembic.ini")
-        config.attributes["connection"] = connection
-        command.revision(config, "orders", autogenerate=True, rev_id="1")
-
-    await on_connection(database_url, generate)
-    (written,) = (path.read_text() for path in (directory / "versions").glob("*.py"))
-    for spelled in (
-        "from fastapi_building_blocks.infrastructure.database.types import UtcDateTime",
-        "sa.Column('placed_at', UtcDateTime(), nullable=False)",
-        "BinaryString(length=10)",
-        "ExactDecimal(precision=30, scale=2)",
-        "server_default=sa.false()",
-    ):
-        assert spelled in written
-    await upgrade(database_url, directory)
-
-    def check(connection: sa.Connection) -> None:
-        config = Config(directory / "alembic.ini")
-        config.attributes["connection"] = connection
-        command.check(config)  # raises where anything is left to do
-
-    await on_connection(database_url, check)
 
 
 # init.sql

@@ -425,3 +425,10 @@ async def test_two_repositories_that_disagree_on_a_table_are_an_error(session: I
     Teams(session)
     with pytest.raises(TypeError, match="teams"):
         Others(session)
+
+
+async def test_tables_need_no_making_but_an_open_session() -> None:
+    async with InMemorySession() as session:
+        await session.create_tables(sa.MetaData())
+    with pytest.raises(RuntimeError, match=r"connect\(\)"):
+        await session.create_tables(sa.MetaData())

@@ -8,6 +8,8 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import sqlalchemy as sa
+
 from fastapi_building_blocks.domain.errors import (
     DuplicateKeyError,
     ForeignKeyError,
@@ -135,6 +137,11 @@ class InMemorySession(DatabaseSession):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.disconnect()
+
+    async def create_tables(self, metadata: sa.MetaData) -> None:
+        """Return if the session is open: here a table exists as soon as a repository names it."""
+        del metadata
+        self._require_connection()
 
     async def ping(self) -> None:
         """Return if the session is open."""

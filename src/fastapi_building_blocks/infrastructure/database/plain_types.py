@@ -30,7 +30,8 @@ def adapt_dialect(dialect: Dialect) -> None:
       ``sa.Time`` keep microseconds, ``sa.Float`` is DOUBLE, ``sa.Text`` and ``sa.LargeBinary`` hold more than 64 KiB,
       ``sa.Numeric`` without a precision keeps 30 digits after the point.
     - SQLite: ``sa.Numeric`` is kept as long as its 15 digits suffice and refused beyond, never rounded.
-    - SQL Server: ``sa.DateTime`` is DATETIME2, whose precision is microseconds rather than 3 ms.
+    - SQL Server: ``sa.DateTime`` is DATETIME2, whose precision is microseconds rather than 3 ms; ``sa.String``, ``sa.Text``
+      and ``sa.Enum`` are NVARCHAR, since VARCHAR turns what is not in the database's code page into question marks.
     - ``sa.DateTime(timezone=True)`` is an instant in UTC, as ``UtcDateTime``, where the database knows no time zones.
     """
     adapt = {
@@ -279,11 +280,26 @@ def _adapt_sqlite(dialect: Any) -> None:
     _specialise(dialect, {sa.Uuid: _HexUuid, sa.DateTime: _SQLiteDateTime, sa.Numeric: _SQLiteNumeric})
 
 
+_LONGEST_NVARCHAR = 4000
+
+
 class _MSSQLTypeNames:
     """What SQL Server calls the plain types, where its own default would lose something."""
 
     def visit_datetime(self, type_: Any, **kwargs: Any) -> Any:
         return super().visit_datetime(type_, **kwargs) if type_.timezone else "DATETIME2(6)"  # type: ignore[misc]
+
+    def visit_string(self, type_: Any, **kwargs: Any) -> Any:
+        length = type_.length
+        if length is not None and length > _LONGEST_NVARCHAR:
+            type_ = sa.Unicode(collation=type_.collation)
+        return self.visit_NVARCHAR(type_, **kwargs)  # type: ignore[attr-defined]
+
+    def visit_text(self, type_: Any, **kwargs: Any) -> Any:
+        return self.visit_NVARCHAR(sa.Unicode(collation=type_.collation), **kwargs)  # type: ignore[attr-defined]
+
+    def visit_enum(self, type_: Any, **kwargs: Any) -> Any:
+        return self.visit_string(type_, **kwargs)
 
     def visit_numeric(self, type_: Any, **kwargs: Any) -> Any:
         return "NUMERIC(38, 12)" if type_.precision is None else super().visit_numeric(type_, **kwargs)  # type: ignore[misc]

@@ -50,6 +50,11 @@ class DatabaseSession(ABC):
     """Whether calls take part in a transaction that somebody else ends."""
 
     @property
+    def read_only(self) -> bool:
+        """Whether calls take part in a transaction that refuses every write."""
+        return False
+
+    @property
     @abstractmethod
     def dialect_name(self) -> str:
         """``postgresql``, ``mysql``, ``mariadb``, ``sqlite``, ``mssql`` or ``memory``."""
@@ -77,9 +82,8 @@ class DatabaseSession(ABC):
             isolation: ``"READ COMMITTED"``, ``"REPEATABLE READ"``, ``"SERIALIZABLE"``; None: the database's default.
             read_only: refuse every write.
         """
-        from fastapi_building_blocks.infrastructure.persistence.unit_of_work import (
-            UnitOfWork,  # a unit of work is a session: the import would go round
-        )
+        # A unit of work is a session: at the top of the module this import would go round in a circle.
+        from fastapi_building_blocks.infrastructure.persistence.unit_of_work import UnitOfWork  # noqa: PLC0415
 
         return UnitOfWork(self, isolation, read_only)
 

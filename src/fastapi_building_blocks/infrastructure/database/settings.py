@@ -19,13 +19,13 @@ class DatabaseSettings(BaseSettings):
     """Connections that stay open."""
     max_overflow: int = Field(10, ge=0)
     """Connections beyond those, opened under load and closed when they have been idle for a while."""
-    pool_timeout: float = Field(5.0, gt=0)
+    pool_timeout: float = Field(5.0, gt=0, allow_inf_nan=False)
     """How long a caller waits for a connection before ``PoolTimeoutError``."""
-    connect_timeout: float = Field(5.0, gt=0)
+    connect_timeout: float = Field(5.0, gt=0, allow_inf_nan=False)
     """How long opening one connection may take."""
     connect_attempts: int = Field(5, ge=1)
     """How often ``connect()`` tries, with growing delays, before it gives up."""
-    statement_timeout: float | None = Field(30.0, gt=0)
+    statement_timeout: float | None = Field(30.0, gt=0, allow_inf_nan=False)
     """How long the database may work on one statement before ``StatementTimeoutError``."""
     replica_urls: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
     """Read replicas, separated by commas."""

@@ -111,4 +111,5 @@ def _fields(
         named = dialect.columns_of(constraint, table)
         if named:
             return named
-    return tuple(table.columns[name].key for name in columns if name in table.columns)
+    keys = {column.name: column.key for column in table.columns}
+    return tuple(keys[name] for name in columns if name in keys)

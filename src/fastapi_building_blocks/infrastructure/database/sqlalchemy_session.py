@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -59,7 +60,7 @@ class SQLAlchemySession(DatabaseSession):
         replica_urls: read replicas.
 
     Raises:
-        ValueError: the URL is not one of an asynchronous driver.
+        ValueError: the URL is not one of an asynchronous driver, or a number makes no sense.
         ModuleNotFoundError: the driver is not installed; the message has the command.
     """
 
@@ -78,6 +79,7 @@ class SQLAlchemySession(DatabaseSession):
     ) -> None:
         if replica_urls:
             raise UnsupportedOperationError("read replicas are not supported yet: leave replica_urls empty")
+        _check_knobs(pool_size, max_overflow, connect_attempts, pool_timeout, connect_timeout, statement_timeout)
         self._url = _checked(url)
         self._connect_attempts = connect_attempts
         self.dialect: PortableDialect = dialect_for(
@@ -201,6 +203,7 @@ class SQLAlchemySession(DatabaseSession):
         await self.perform(self.dialect.fetch, _Ping, ())
 
     def pool_status(self) -> PoolStatus:
+        """Return how many connections there are, lent and idle, and how many tasks wait for one."""
         pool = self._pool
         return PoolStatus(pool.size(), pool.checkedout(), pool.checkedin(), pool.waiting())
 
@@ -306,7 +309,7 @@ class SQLAlchemySession(DatabaseSession):
 
     async def execute_on(self, connection: PooledConnection, statement: Any, parameters: Any) -> Any:
         connection.intact = False
-        return await greenlet_spawn(self._run, connection, statement, parameters)
+        return await self.dialect.spawn(connection, self._run, connection, statement, parameters)
 
     def _run(self, connection: PooledConnection, statement: Any, parameters: Any) -> Any:
         # The Connection is never closed: that would end the transaction and return the connection.
@@ -325,9 +328,9 @@ class SQLAlchemySession(DatabaseSession):
         if own:
             await self.dialect.begin(connection, None, True)
         core = Connection(self._engine.sync_engine, connection).execution_options(stream_results=True)
-        result = await greenlet_spawn(core.execute, statement, parameters)
+        result = await self.dialect.spawn(connection, core.execute, statement, parameters)
         try:
-            while rows := await greenlet_spawn(result.fetchmany, 1000):
+            while rows := await self.dialect.spawn(connection, result.fetchmany, 1000):
                 yield rows
         finally:
             await greenlet_spawn(result.close)
@@ -438,6 +441,15 @@ def _checked(url: str | URL) -> URL:
         driver = _ASYNC_DRIVERS.get(name, ("an asynchronous driver", ""))[0]
         raise ValueError(f"{parsed.drivername}:// has no asynchronous driver; write {name}+{driver}://")
     return parsed
+
+
+def _check_knobs(
+    pool_size: int, max_overflow: int, connect_attempts: int, *seconds: float | None
+) -> None:
+    if pool_size < 1 or max_overflow < 0 or connect_attempts < 1:
+        raise ValueError("pool_size and connect_attempts are at least 1, and max_overflow is not negative")
+    if not all(value is None or 0 < value < math.inf for value in seconds):
+        raise ValueError("a timeout is a number of seconds greater than 0")
 
 
 def _reason(error: Exception) -> str:

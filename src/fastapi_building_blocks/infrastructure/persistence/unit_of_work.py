@@ -50,7 +50,7 @@ class _State(enum.Enum):
 
 
 class UnitOfWork(Transaction):
-    """One transaction on any session: ``async with UnitOfWork(session) as uow: UserRepository(uow)...``
+    """One transaction on any session: ``async with UnitOfWork(session) as uow:``, then ``UserRepository(uow)``.
 
     It commits on a clean exit and rolls back on an exception. The connection is taken by the first
     statement, so a unit that does nothing costs nothing. On a unit of work instead of a session it is a
@@ -67,7 +67,7 @@ class UnitOfWork(Transaction):
             raise ValueError("a unit of work inside another one takes its isolation and read_only from that one")
         self._session = session
         self._isolation = isolation
-        self._read_only = read_only
+        self._read_only = session.read_only if self._outer is not None else read_only
         self._state = _State.NEW
         self._backend: TransactionBackend
         self._connection: Any = None
@@ -84,6 +84,10 @@ class UnitOfWork(Transaction):
     @property
     def root(self) -> DatabaseSession:
         return self._session.root
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
 
     # Beginning and ending
 

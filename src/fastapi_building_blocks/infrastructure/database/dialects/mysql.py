@@ -163,10 +163,10 @@ class MySQLDialect(PortableDialect):
         guarded = table.columns[on[0]]
         # ON DUPLICATE KEY takes any unique key for a match. Where it is not the one that was meant, the guard
         # makes the statement fail, so that another row is never overwritten.
-        changes: list[tuple[str, Any]] = [(guarded.name, sa.func.if_(same, guarded, sa.text(_TWO_ROWS)))]
-        changes += [(table.columns[name].name, insert.inserted[name]) for name in written]
+        changes: list[tuple[str, Any]] = [(guarded.key, sa.func.if_(same, guarded, sa.text(_TWO_ROWS)))]
+        changes += [(name, insert.inserted[name]) for name in written]
         if version is not None:
-            changes.append((table.columns[version].name, table.columns[version] + sa.literal_column("1")))
+            changes.append((version, table.columns[version] + sa.literal_column("1")))
         return insert.on_duplicate_key_update(changes)
 
     def estimate(self, table: sa.Table) -> Any:

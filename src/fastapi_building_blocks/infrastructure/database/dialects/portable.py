@@ -94,21 +94,25 @@ class PortableDialect:
 
     # Statements
 
+    async def spawn(self, connection: PooledConnection, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call what runs a statement on SQLAlchemy's side of the connection, and bound its time if the server cannot."""
+        return await greenlet_spawn(function, *arguments)
+
     async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
         """Run a query and return all rows."""
-        return await greenlet_spawn(self._run, connection, statement.sql, arguments, _fetch_all)
+        return await self.spawn(connection, self._run, connection, statement.sql, arguments, _fetch_all)
 
     async def execute(self, connection: PooledConnection, statement: Any, arguments: Any) -> int:
         """Run a statement and return how many rows it touched."""
-        return await greenlet_spawn(self._run, connection, statement.sql, arguments, _row_count)
+        return await self.spawn(connection, self._run, connection, statement.sql, arguments, _row_count)
 
     async def insert(self, connection: PooledConnection, statement: Any, arguments: Any) -> Any:
         """Run an INSERT and return the key that the database generated, where it can say."""
-        return await greenlet_spawn(self._run, connection, statement.sql, arguments, _last_key)
+        return await self.spawn(connection, self._run, connection, statement.sql, arguments, _last_key)
 
     async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
         """Run a statement once for each row of arguments and return how many rows that touched together."""
-        return await greenlet_spawn(self._run_many, connection, statement.sql, rows)
+        return await self.spawn(connection, self._run_many, connection, statement.sql, rows)
 
     async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
         """Insert rows of values in the order of ``statement.columns``, by the fastest way the driver has."""
@@ -119,16 +123,16 @@ class PortableDialect:
     ) -> AsyncGenerator[Sequence[Row], None]:
         """Run a query and yield its rows in batches; the arguments are those of the query and the batch size."""
         values, size = arguments
-        cursor = await greenlet_spawn(self._open_cursor, connection, statement.sql, values)
+        cursor = await self.spawn(connection, self._open_cursor, connection, statement.sql, values)
         try:
-            while rows := await greenlet_spawn(cursor.fetchmany, size):
+            while rows := await self.spawn(connection, cursor.fetchmany, size):
                 yield rows
         finally:
-            await greenlet_spawn(cursor.close)
+            await self.spawn(connection, cursor.close)
 
     async def command(self, connection: PooledConnection, sql: str) -> None:
         """Run a statement without parameters or answer."""
-        await greenlet_spawn(self._run, connection, sql, None, _nothing)
+        await self.spawn(connection, self._run, connection, sql, None, _nothing)
 
     def _run(self, connection: PooledConnection, sql: str, arguments: Any, answer: Callable[[Any], Any]) -> Any:
         cursor = connection.cursor()
@@ -210,7 +214,7 @@ class PortableDialect:
                 names = [column.name for column in item.columns]
                 if constraint in (names[0], f"{table.name}_{'_'.join(names)}_key"):
                     return tuple(column.key for column in item.columns)
-        return (table.columns[constraint].key,) if constraint in table.columns else ()
+        return tuple(column.key for column in table.columns if column.name == constraint)
 
     # SQL
 
@@ -235,7 +239,12 @@ class PortableDialect:
             return [key]
         if self.nulls_clause:
             return [key.nulls_last() if nulls_last else key.nulls_first()]
-        return [sa.case((column.is_(None), 1 if nulls_last else 0), else_=0 if nulls_last else 1), key]
+        null, other = ("1", "0") if nulls_last else ("0", "1")
+        return [sa.case((column.is_(None), sa.literal_column(null)), else_=sa.literal_column(other)), key]
+
+    def insert_row(self, table: sa.Table, row: Mapping[Any, Any]) -> Any:
+        """Return the INSERT of ``row``: column to placeholder, the key included or left to the database."""
+        return sa.insert(table).values(row)
 
     def upsert(
         self, table: sa.Table, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
@@ -249,10 +258,6 @@ class PortableDialect:
             version: the name of the column that counts an existing row's changes.
         """
         raise UnsupportedOperationError(f"{self.name} has no upsert")
-
-    def returning_upsert(self, upsert: Any, columns: Sequence[Any]) -> Any:
-        """Return the upsert so that it answers the row as it then stands."""
-        return upsert.returning(*columns)
 
     def lock(self, query: Any, table: sa.Table, lock: str) -> Any:
         """Return the query with a row lock.

@@ -139,8 +139,13 @@ class PostgreSQLDialect(PortableDialect):
 
 
 def _is_closed(error: BaseException) -> bool:
-    """Whether asyncpg refuses a closed connection: it has one class, and no code, for every misuse."""
-    return type(error).__name__ == "InterfaceError" and "closed" in str(error)
+    """Whether asyncpg refuses a connection that is closed, or that the server is about to close.
+
+    It has no codes of its own: one class for every misuse, and one for a message that came out of turn, as the
+    server's farewell does.
+    """
+    name = type(error).__name__
+    return name == "InternalClientError" or (name == "InterfaceError" and "closed" in str(error))
 
 
 def _columns_in(detail: str | None) -> tuple[str, ...]:
@@ -169,6 +174,9 @@ class AsyncpgDialect(PostgreSQLDialect):
         return len(await connection.driver.fetchmany(statement.sql, rows))
 
     async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        if not statement.columns:  # COPY would take no columns for all of them
+            await connection.driver.executemany(statement.sql, rows)
+            return len(rows)
         table = statement.table
         await connection.driver.copy_records_to_table(
             table.name, records=rows, columns=[column.name for column in statement.columns], schema_name=table.schema

@@ -2,7 +2,8 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -74,11 +75,12 @@ class SQLiteDialect(PortableDialect):
     row_values = True
     largest_statement = 32_766
     default_isolation = "SERIALIZABLE"
+    _in_memory = False
 
     def pool_size(self, url: URL, pool_size: int, max_overflow: int) -> tuple[int, int]:
         # Each connection to :memory: is a database of its own, so there is one, taken in turn.
-        memory = url.database in (None, "", ":memory:") or "mode=memory" in str(url.database)
-        return (1, 0) if memory and "cache" not in url.query else (pool_size, max_overflow)
+        self._in_memory = url.database in (None, "", ":memory:") or "mode=memory" in str(url.database)
+        return (1, 0) if self._in_memory and "cache" not in url.query else (pool_size, max_overflow)
 
     def prepare(self, engine: AsyncEngine) -> None:
         @sa.event.listens_for(engine.sync_engine, "connect")
@@ -99,6 +101,23 @@ class SQLiteDialect(PortableDialect):
         else:
             await self.command(connection, "BEGIN IMMEDIATE")
 
+    async def spawn(self, connection: PooledConnection, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self._alarm(connection):
+            return await super().spawn(connection, function, *arguments)
+
+    @contextmanager
+    def _alarm(self, connection: PooledConnection) -> Iterator[None]:
+        """Interrupt what the connection's thread does once the statement timeout is over."""
+        limit = self.timeouts.statement
+        if limit is None:
+            yield
+            return
+        alarm = asyncio.get_running_loop().call_later(limit, connection.driver._conn.interrupt)
+        try:
+            yield
+        finally:
+            alarm.cancel()
+
     async def commit(self, connection: PooledConnection) -> None:
         await self.command(connection, "COMMIT")
         await self._writable(connection)
@@ -116,8 +135,7 @@ class SQLiteDialect(PortableDialect):
         return bool(connection.driver.in_transaction)
 
     async def recover(self, connection: PooledConnection) -> bool:
-        # The thread finishes what it was given, or is stopped in it; the reset queues behind that. The connection
-        # is never given up: for :memory: it is the database.
+        # The thread finishes what it was given, or is stopped in it; the reset queues behind that.
         driver = connection.driver
         reset = asyncio.ensure_future(driver._execute(_reset, driver._conn))
         await asyncio.wait({reset}, timeout=_PATIENCE)
@@ -128,7 +146,9 @@ class SQLiteDialect(PortableDialect):
         except sqlite3.OperationalError:  # the interrupt reached the reset itself
             await driver._execute(_reset, driver._conn)
         connection.info.pop("query_only", None)
-        return True
+        # A cursor that nobody could close may still hold an old snapshot, on which no write can begin. So a new
+        # connection takes over, but for :memory:, where this one is the database.
+        return self._in_memory
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         if isinstance(error, ValueError | sqlite3.ProgrammingError) and "closed" in str(error).lower():
@@ -222,7 +242,7 @@ class AiosqliteDialect(SQLiteDialect):
         values, size = arguments
         cursor = await self._call(connection, sqlite3.Connection.execute, statement.sql, values)
         try:
-            while rows := await connection.driver._execute(cursor.fetchmany, size):
+            while rows := await self._call(connection, _fetch_some, cursor, size):
                 yield rows
         finally:
             await connection.driver._execute(cursor.close)
@@ -230,6 +250,10 @@ class AiosqliteDialect(SQLiteDialect):
 
 def _fetch(connection: sqlite3.Connection, sql: str, arguments: Any) -> list[Any]:
     return connection.execute(sql, arguments).fetchall()
+
+
+def _fetch_some(connection: sqlite3.Connection, cursor: sqlite3.Cursor, size: int) -> list[Any]:  # noqa: ARG001
+    return cursor.fetchmany(size)
 
 
 def _execute(connection: sqlite3.Connection, sql: str, arguments: Any) -> int:

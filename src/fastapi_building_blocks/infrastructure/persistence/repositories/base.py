@@ -126,7 +126,6 @@ class BaseRepository(DeclaredRepository[T]):
 
         async def read(connection: InMemoryTransaction) -> Row | None:
             if lock is not None:
-                connection.require_writable()
                 return await self._locked(connection, key, lock)
             row = connection.row(self._name, key)
             return row if row is not None and self._is_visible(row) else None
@@ -182,7 +181,6 @@ class BaseRepository(DeclaredRepository[T]):
         enough: int | None,
         lock: Lock,
     ) -> list[Row]:
-        connection.require_writable()
         found: list[Row] = []
         for row in rows:
             if len(found) == enough:
@@ -339,16 +337,15 @@ class BaseRepository(DeclaredRepository[T]):
         return self._load(await self._perform(write))
 
     async def add_many(self, entities: Iterable[T]) -> int:
-        async def write(connection: InMemoryTransaction) -> int:
-            connection.require_writable()
-            taken = 0
-            for entity in entities:
-                await connection.insert(self._name, self._new_row(connection, self._new_values(entity)))
-                taken += 1
-            return taken
+        rows = [self._new_values(entity) for entity in entities]
 
-        added: int = await self._perform(write)
-        return added
+        async def write(connection: InMemoryTransaction) -> None:
+            connection.require_writable()
+            for given in rows:
+                await connection.insert(self._name, self._new_row(connection, given))
+
+        await self._perform(write)
+        return len(rows)
 
     async def update(self, entity: T) -> T:
         key, version, changes = self._update_of(entity)
@@ -431,16 +428,15 @@ class BaseRepository(DeclaredRepository[T]):
         return answered
 
     async def update_many(self, entities: Iterable[T]) -> int:
-        async def write(connection: InMemoryTransaction) -> int:
-            connection.require_writable()
-            taken = 0
-            for entity in entities:
-                self._stored(await self._change(connection, *self._update_of(entity)))
-                taken += 1
-            return taken
+        updates = [self._update_of(entity) for entity in entities]
 
-        updated: int = await self._perform(write)
-        return updated
+        async def write(connection: InMemoryTransaction) -> None:
+            connection.require_writable()
+            for update in updates:
+                self._stored(await self._change(connection, *update))
+
+        await self._perform(write)
+        return len(updates)
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:
         names, given = self._conflict_key(on), self._new_values(entity)
@@ -449,17 +445,17 @@ class BaseRepository(DeclaredRepository[T]):
 
     async def upsert_many(self, entities: Iterable[T], on: Sequence[str] | None = None) -> int:
         names = self._conflict_key(on)
+        rows = [self._new_values(entity) for entity in entities]
+        for given in rows:
+            self._conflict_values(names, given)
 
-        async def write(connection: InMemoryTransaction) -> int:
+        async def write(connection: InMemoryTransaction) -> None:
             connection.require_writable()
-            taken = 0
-            for entity in entities:
-                await self._upsert(connection, names, self._new_values(entity))
-                taken += 1
-            return taken
+            for given in rows:
+                await self._upsert(connection, names, given)
 
-        upserted: int = await self._perform(write)
-        return upserted
+        await self._perform(write)
+        return len(rows)
 
     def _conflict_values(self, names: tuple[str, ...], given: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return the values that an upsert finds its entity by."""
@@ -481,6 +477,10 @@ class BaseRepository(DeclaredRepository[T]):
             before = connection.row(self._name, key, newest=True)
             if before is not None and self._collection.values(before, names) == values:
                 break
+        own = self._declaration.key
+        another = tuple(given.get(name) for name in own)
+        if another != key and connection.row(self._name, another, newest=True) is not None:
+            raise DuplicateKeyError(f"{' and '.join(own)} is already taken", fields=own)
         changes = {name: value for name, value in given.items() if name not in self._declaration.kept_by_update}
         if self.soft_delete_column is not None:
             changes.setdefault(self.soft_delete_column, self._deleted_mark(False))

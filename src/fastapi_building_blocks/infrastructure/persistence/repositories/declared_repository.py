@@ -13,7 +13,13 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from fastapi_building_blocks.domain.errors import InvalidInputError, InvalidQueryError, NotFoundError, StaleVersionError
+from fastapi_building_blocks.domain.errors import (
+    InvalidInputError,
+    InvalidQueryError,
+    NotFoundError,
+    StaleVersionError,
+    UnsupportedOperationError,
+)
 from fastapi_building_blocks.domain.query import (
     And,
     Comparison,
@@ -230,7 +236,7 @@ class DeclaredRepository(Repository[T]):
                 fills.append((place, _python_default(mapping, column, column.default)))
             elif column.key == cls.soft_delete_column:
                 mark = False if isinstance(column.type, sa.Boolean) else None
-                fills.append((place, lambda mark=mark: mark))
+                fills.append((place, _constant(mark)))
             elif (
                 column.default is not None
                 or column.server_default is not None
@@ -343,6 +349,8 @@ class DeclaredRepository(Repository[T]):
             raise ValueError("lock is 'update', 'nowait' or 'skip_locked'")
         if lock is not None and not self._session.in_transaction:
             raise RuntimeError("a lock ends with its transaction: ask for it inside a unit of work")
+        if lock is not None and self._session.read_only:
+            raise UnsupportedOperationError("a read-only transaction takes no locks")
 
     def _require_window(self, limit: int | None, offset: int) -> None:
         """Check ``limit`` and ``offset`` as ``get_all`` takes them: zero is fine, unlike in a page."""
@@ -480,7 +488,10 @@ def _python_default(mapping: RowMapping[Any], column: sa.Column[Any], default: A
     name = column.key
     if default.is_callable:
         return lambda: mapping.check(name, default.arg(None))
-    value = mapping.check(name, default.arg)
+    return _constant(mapping.check(name, default.arg))
+
+
+def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 

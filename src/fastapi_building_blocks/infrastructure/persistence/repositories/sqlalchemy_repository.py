@@ -10,10 +10,8 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from fastapi_building_blocks.domain.errors import (
-    DeadlockError,
     DuplicateKeyError,
     InvalidInputError,
-    LockNotAvailableError,
     MultipleResultsError,
     TransientError,
 )
@@ -23,7 +21,7 @@ from fastapi_building_blocks.infrastructure.database.session import DatabaseSess
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.persistence.repositories.declared_repository import DeclaredRepository
 from fastapi_building_blocks.infrastructure.persistence.repositories.row_mapping import MISSING
-from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_statements import Literals, Statement
+from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_statements import CoreRead, Literals, Statement
 from fastapi_building_blocks.infrastructure.persistence.repositories.table_statements import Query, TableStatements
 
 T = TypeVar("T")
@@ -518,14 +516,12 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             statement = sql.select(query)
             rows = await self._session.perform(sql.dialect.fetch, statement, statement.bind(values))
             return rows, sql.load, True
-        core = sql.select_core(query, Literals(values), expressions)
-        try:
-            result = await self._session.perform(self._execute_on, core, None)
-        except DeadlockError as error:
-            if query.lock != "nowait":
-                raise
-            raise LockNotAvailableError("another transaction holds a lock on it") from error
+        core = CoreRead(sql.select_core(query, Literals(values), expressions), query.lock)
+        result = await self._session.perform(self._read_core, core, None)
         return result.all(), sql.load_values, False
+
+    async def _read_core(self, connection: Any, statement: CoreRead, parameters: Any) -> Any:
+        return await self._execute_on(connection, statement.core, parameters)
 
     async def _read(self, session: DatabaseSession, key: tuple[Any, ...]) -> T | None:
         statement = self._sql.by_key(None, True)

@@ -47,6 +47,17 @@ class Statement:
         """The columns of a bulk INSERT, in the order of its rows."""
 
 
+class CoreRead:
+    """A query that SQLAlchemy runs itself, with what a session must know of it, as a ``Statement`` says it."""
+
+    __slots__ = ("core", "lock", "reads")
+
+    def __init__(self, core: Any, lock: str | None) -> None:
+        self.core = core
+        self.lock = lock
+        self.reads = lock is None
+
+
 class Placeholders:
     """Makes numbered placeholders, for a statement that is compiled once."""
 

@@ -119,7 +119,9 @@ class TableStatements(Generic[T]):
             core = core.order_by(*self.table.primary_key.columns)
         if query.limit:
             core = core.limit(placeholder(sa.BigInteger()))
-        if query.offset:
+        if query.what == "capped count" and query.offset:
+            core = core.offset(0)  # SQLAlchemy writes ORDER BY in SQL Server's subqueries for a known number only
+        elif query.offset:
             core = core.offset(placeholder(sa.BigInteger()))
         if query.lock is not None:
             core = self.dialect.lock(core, self.table, query.lock)
@@ -194,7 +196,7 @@ class TableStatements(Generic[T]):
         columns = [column for place, column in enumerate(self._columns) if place not in omitted]
 
         def build() -> Any:
-            core = sa.insert(self.table).values(self._row(omitted)) if columns else sa.insert(self.table)
+            core = self.dialect.insert_row(self.table, self._row(omitted))
             return core.returning(*self._columns) if returning else core.inline()
 
         return self._cached(("insert", omitted, returning), build, columns=columns)
@@ -283,9 +285,7 @@ class TableStatements(Generic[T]):
                 if place not in omitted and name not in on and name not in self._declaration.kept_by_update
             ]
             core = self.dialect.upsert(self.table, self._row(omitted), on, written, self._version)
-            if not returning:
-                return core
-            return self.dialect.returning_upsert(core, self._columns)
+            return core.returning(*self._columns) if returning else core
 
         return self._cached(
             ("upsert", omitted, on, returning),

@@ -1,0 +1,195 @@
+"""Alembic as services get it: any database, whole or not at all, and generated migrations that are portable."""
+
+import asyncio
+import importlib
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from fastapi_building_blocks.infrastructure.database.migrations import downgrade, upgrade
+from tests.backends import run_apart
+
+MODULE = "fastapi_building_blocks.infrastructure.database.migrations"
+TEMPLATE = """import sqlalchemy as sa
+from alembic import op
+${imports if imports else ""}
+revision = ${repr(up_revision)}
+down_revision = ${repr(down_revision)}
+
+def upgrade():
+    ${upgrades if upgrades else "pass"}
+
+def downgrade():
+    ${downgrades if downgrades else "pass"}
+"""
+ENVIRONMENT = """import os
+import sqlalchemy as sa
+from fastapi_building_blocks.infrastructure import BinaryString, ExactDecimal, UtcDateTime, timestamp_columns
+from fastapi_building_blocks.infrastructure.database.migrations import run_migrations
+
+metadata = sa.MetaData()
+sa.Table(
+    "orders", metadata, sa.Column("id", sa.Uuid(), primary_key=True),
+    sa.Column("paid", sa.Boolean(), server_default=sa.true(), nullable=False),
+    sa.Column("sent", sa.Boolean(), server_default=sa.false(), nullable=False),
+    sa.Column("code", BinaryString(10)), sa.Column("price", ExactDecimal(30, 2)),
+    sa.Column("placed_at", UtcDateTime(), nullable=False), sa.Column("details", sa.JSON()), *timestamp_columns(),
+)
+run_migrations(metadata, os.environ.get("URL_OF_TEST", ""), unmanaged={"by_hand"})
+"""
+
+
+async def on_connection(url: str, work: Any) -> Any:
+    engine = create_async_engine(url, poolclass=NullPool)
+    async with engine.begin() as connection:
+        return await connection.run_sync(work)
+
+
+def tables(connection: sa.Connection) -> set[str]:
+    return set(sa.inspect(connection).get_table_names())
+
+
+def config_on(connection: sa.Connection, directory: Path) -> Config:
+    config = Config(directory / "alembic.ini")
+    config.attributes["connection"] = connection
+    return config
+
+
+def write_environment(directory: Path, *revisions: str) -> Path:
+    (directory / "versions").mkdir()
+    (directory / "alembic.ini").write_text("[alembic]\nscript_location = %(here)s\npath_separator = os\n")
+    (directory / "script.py.mako").write_text(TEMPLATE)
+    (directory / "env.py").write_text(ENVIRONMENT)
+    for number, body in enumerate(revisions, 1):
+        before = repr(f"{number - 1}") if number > 1 else "None"
+        (directory / "versions" / f"{number}.py").write_text(
+            f"import sqlalchemy as sa\nfrom alembic import op\nrevision = '{number}'\ndown_revision = {before}\n"
+            f"def upgrade():\n    {body}\ndef downgrade():\n    op.drop_table('things')\n"
+        )
+    return directory
+
+
+CREATE = "op.create_table('things', sa.Column('id', sa.Integer(), primary_key=True), sa.Column('name', sa.String(20)))"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite", "postgres"], indirect=True)
+async def test_a_migration_that_fails_leaves_nothing_behind(database_url: str, tmp_path: Path):
+    directory = write_environment(tmp_path, CREATE, f"{CREATE.replace('things', 'more')}; raise ZeroDivisionError")
+    with pytest.raises(ZeroDivisionError):
+        await upgrade(database_url, directory)
+    assert await on_connection(database_url, tables) == set()
+
+
+async def test_a_batch_alters_a_table_on_every_database_and_keeps_its_rows(database_url: str, tmp_path: Path):
+    fill = "op.execute(\"INSERT INTO things (id, name) VALUES (1, 'one')\")"
+    alter = (
+        "\n    with op.batch_alter_table('things') as batch:\n"
+        "        batch.alter_column('name', existing_type=sa.String(20), type_=sa.String(40), nullable=False)\n"
+        "        batch.create_unique_constraint('uq_things_name', ['name'])"
+    )
+    await upgrade(database_url, write_environment(tmp_path, CREATE, fill, alter))
+
+    def look(connection: sa.Connection) -> Any:
+        return connection.execute(sa.text("SELECT id, name FROM things")).all(), [
+            constraint["name"] for constraint in sa.inspect(connection).get_unique_constraints("things")
+        ]
+
+    assert await on_connection(database_url, look) == ([(1, "one")], ["uq_things_name"])
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_batch_on_sqlite_keeps_the_rows_that_refer_to_the_table(database_url: str, tmp_path: Path):
+    parents = "op.create_table('things', sa.Column('id', sa.Integer(), primary_key=True), sa.Column('x', sa.String(9)))"
+    children = (
+        "op.create_table('parts', sa.Column('id', sa.Integer(), primary_key=True), "
+        "sa.Column('thing', sa.Integer(), sa.ForeignKey('things.id', ondelete='CASCADE')))"
+    )
+    fill = "op.execute('INSERT INTO things (id) VALUES (1)'); op.execute('INSERT INTO parts VALUES (1, 1)')"
+    alter = "\n    with op.batch_alter_table('things') as batch:\n        batch.drop_column('x')"
+    await upgrade(database_url, write_environment(tmp_path, parents, children, fill, alter))
+    count = sa.text("SELECT count(*) FROM parts")
+    assert await on_connection(database_url, lambda connection: connection.scalar(count)) == 1
+
+
+async def test_a_generated_migration_is_portable_and_complete(database_url: str, tmp_path: Path):
+    directory = write_environment(tmp_path)
+    await on_connection(
+        database_url,
+        lambda connection: command.revision(config_on(connection, directory), "orders", autogenerate=True, rev_id="1"),
+    )
+    (written,) = (path.read_text() for path in (directory / "versions").glob("*.py"))
+    for spelled in (
+        "from fastapi_building_blocks.infrastructure.database.types import UtcDateTime",
+        "sa.Column('placed_at', UtcDateTime(), nullable=False)",
+        "sa.Column('created_at', UtcDateTime(), server_default=utc_now(), nullable=False)",
+        "BinaryString(length=10)",
+        "ExactDecimal(precision=30, scale=2)",
+        "server_default=sa.true()",
+        "server_default=sa.false()",
+    ):
+        assert spelled in written
+    await upgrade(database_url, directory)
+    # Raises where anything is left to do.
+    await on_connection(database_url, lambda connection: command.check(config_on(connection, directory)))
+
+
+async def test_autogenerate_leaves_alone_what_is_made_by_hand(database_url: str, tmp_path: Path):
+    directory = write_environment(tmp_path)
+    await on_connection(
+        database_url,
+        lambda connection: command.revision(config_on(connection, directory), "orders", autogenerate=True, rev_id="1"),
+    )
+    await upgrade(database_url, directory)
+    by_hand = "CREATE INDEX by_hand ON orders (code)"
+    await on_connection(database_url, lambda connection: connection.execute(sa.text(by_hand)))
+    await on_connection(database_url, lambda connection: command.check(config_on(connection, directory)))
+
+
+def test_the_command_line_takes_the_url_of_env_py(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("URL_OF_TEST", database_url)
+    directory = write_environment(tmp_path, CREATE)
+    said = StringIO()
+    config = Config(directory / "alembic.ini", stdout=said, output_buffer=said)
+    command.upgrade(config, "head")
+    command.current(config)
+    assert "1 (head)" in said.getvalue()
+    command.downgrade(config, "base")
+    command.upgrade(config, "head", sql=True)
+    assert "CREATE TABLE things" in said.getvalue()
+    assert run_apart(on_connection(database_url, tables)) == {"alembic_version"}
+
+
+async def test_a_running_service_migrates_forth_and_back(database_url: str, tmp_path: Path):
+    directory = write_environment(tmp_path, CREATE)
+    path = list(sys.path)
+    await upgrade(database_url, directory)
+    assert await on_connection(database_url, tables) == {"things", "alembic_version"}
+    await downgrade(database_url, directory, "base")
+    assert await on_connection(database_url, tables) == {"alembic_version"}
+    assert sys.path == path
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_of_processes_that_migrate_an_sqlite_file_at_once_all_but_one_find_it_done(
+    database_url: str, tmp_path: Path
+):
+    directory = write_environment(tmp_path, CREATE)
+    script = f"import asyncio; from {MODULE} import upgrade; asyncio.run(upgrade({database_url!r}, {str(directory)!r}))"
+    processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", script) for _ in range(4)]
+    assert [await process.wait() for process in processes] == [0, 0, 0, 0]
+    assert await on_connection(database_url, tables) == {"things", "alembic_version"}
+
+
+def test_a_missing_alembic_names_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, MODULE)
+    monkeypatch.setitem(sys.modules, "alembic", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastapi-building-blocks\[migrations\]'"):
+        importlib.import_module(MODULE)
