@@ -24,19 +24,19 @@ def tables_url(
     request: pytest.FixtureRequest, backends: Backends, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """A database with all tables, shared by the tests of this module: making one for each would take minutes."""
-
-    async def create(url: str) -> None:
-        async with SQLAlchemySession(url) as session:
-            await session.create_tables(metadata)
-
     if request.param == "sqlite":
         url = f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('contract') / 'test.db'}"
-        run_apart(create(url))
+        run_apart(create_tables(url))
         yield url
     else:
         with backends.database(request.param) as url:
-            run_apart(create(url))
+            run_apart(create_tables(url))
             yield url
+
+
+async def create_tables(url: str) -> None:
+    async with SQLAlchemySession(url) as session:
+        await session.create_tables(metadata)
 
 
 class OnDatabase(SampleContract):

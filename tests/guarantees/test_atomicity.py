@@ -1,5 +1,4 @@
 """T2 to T4 and T9: whatever a unit of work begins with, it is whole or absent, for every other connection too."""
-# ruff: noqa: PT012 - the block that raises is a whole unit of work: that is what is tested
 
 import asyncio
 import sqlite3
@@ -28,7 +27,7 @@ orders = sa.Table(
 )
 
 
-class LeaveTheBlock(Exception):  # noqa: N818 - a test's own way out of a unit of work
+class LeaveTheBlock(Exception):
     pass
 
 

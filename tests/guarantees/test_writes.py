@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import enum
-import itertools
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, date, datetime, time, timedelta, timezone
@@ -15,7 +14,13 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastapi_building_blocks.domain import BuildingBlocksError, ConstraintError, DuplicateKeyError, InvalidInputError
+from fastapi_building_blocks.domain import (
+    BuildingBlocksError,
+    ConstraintError,
+    DuplicateKeyError,
+    InvalidInputError,
+    field,
+)
 from fastapi_building_blocks.infrastructure import (
     BaseRepository,
     BinaryString,
@@ -149,7 +154,7 @@ def wides(count: int, last: Any = None) -> Iterator[Wide]:
 
 @pytest.mark.parametrize("path", ["driver", "portable"])
 async def test_w5_40000_rows_of_10_columns_are_written_all_or_none(database_url: str, path: str) -> None:
-    count = 40_000 if path == "driver" else 12_000
+    count, some = (40_000, 6_000) if path == "driver" else (6_000, 5_500)
     async with opened(database_url, portable=path == "portable", statement_timeout=60) as session:
         repository = Wides(session)
         bad_here, bad_there = wides(count, last=17), wides(count, last="c0")
@@ -163,16 +168,15 @@ async def test_w5_40000_rows_of_10_columns_are_written_all_or_none(database_url:
         assert await repository.add_many(wides(count)) == count
         assert await repository.count() == count
         assert (await repository.get(count - 1)).n8 == count - 1
-        changed = (dataclasses.replace(one, n1=-1) for one in wides(count))
-        assert await repository.upsert_many(changed) == count
-        assert await repository.count(wide.c.n1 == -1) == count
+        changed = (dataclasses.replace(one, n1=-1) for one in wides(some))
+        assert await repository.upsert_many(changed) == some
+        assert await repository.count(wide.c.n1 == -1) == some
         with pytest.raises(DuplicateKeyError):
-            await repository.upsert_many([*wides(6000), Wide(-5, *[0] * 8, code="c3")])
-        some = [dataclasses.replace(one, n2=-2) for one in itertools.islice(wides(count), 6000)]
-        assert await repository.update_many(some) == 6000
+            await repository.upsert_many([*wides(some), Wide(-5, *[0] * 8, code="c3")])
+        assert await repository.update_many(dataclasses.replace(one, n2=-2) for one in wides(some)) == some
         with pytest.raises(BuildingBlocksError):
-            await repository.update_many([*wides(6000), Wide(count + 1, *[0] * 8, code="x")])
-        assert await repository.count(wide.c.n2 == -2) == 6000
+            await repository.update_many([*wides(some), Wide(count + 1, *[0] * 8, code="x")])
+        assert await repository.count(wide.c.n2 == -2) == some
 
 
 async def test_w5_a_generator_that_fails_leaves_nothing(database_url: str) -> None:
@@ -272,9 +276,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "hour": st.times(),
     "ratio": st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300),
 }
-rows = st.builds(
-    Everything, id=st.uuids(), **{name: st.none() | strategy for name, strategy in STRATEGIES.items()}
-)
+rows = st.builds(Everything, id=st.uuids(), **{name: st.none() | strategy for name, strategy in STRATEGIES.items()})
 
 
 def expected(entity: Everything) -> Everything:
@@ -287,7 +289,9 @@ def typed(entity: Everything) -> list[tuple[type, Any]]:
     return [(kind, str(value) if kind is Decimal else value) for kind, value in pairs]
 
 
-@pytest.fixture(params=["memory", "sqlite", "postgres", "mysql", "sqlite portable", "postgres portable", "mysql portable"])
+@pytest.fixture(
+    params=["memory", "sqlite", "postgres", "mysql", "sqlite portable", "postgres portable", "mysql portable"]
+)
 async def everything(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[Any]:
     name, _, path = request.param.partition(" ")
     if name == "memory":
@@ -321,10 +325,7 @@ async def round_trip(repository: Any, entity: Everything) -> None:
     for name in STRATEGIES:
         value = getattr(entity, name)
         if name != "document":
-            criterion = repository.table.c[name]  # in words of the domain, so that memory answers as well
-            from fastapi_building_blocks.domain import field
-
-            asked = field(criterion.key).is_null() if value is None else field(criterion.key) == value
+            asked = field(name).is_null() if value is None else field(name) == value
             assert await repository.count(asked) == 1, name
 
 

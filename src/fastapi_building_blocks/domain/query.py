@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 from uuid import UUID
@@ -294,6 +294,7 @@ _ENCODERS: dict[type, tuple[str, Any]] = {
     Decimal: ("n", str),
     UUID: ("u", lambda value: value.hex),
     bytes: ("x", bytes.hex),
+    timedelta: ("l", lambda value: str(value // timedelta(microseconds=1))),
 }
 _DECODERS: dict[str, Any] = {
     "s": str,
@@ -306,6 +307,7 @@ _DECODERS: dict[str, Any] = {
     "n": Decimal,
     "u": UUID,
     "x": bytes.fromhex,
+    "l": lambda text: timedelta(microseconds=int(text)),
 }
 
 

@@ -346,6 +346,7 @@ async def test_closing_that_fails_is_logged_and_frees_the_place(
 
         monkeypatch.setattr(kind, "invalidate", invalidate)
         with caplog.at_level(logging.DEBUG, logger=pool_module.__name__):
+            connection.invalidate()  # it broke, so it is dropped rather than closed
             session._pool.discard(connection)
             await until(lambda: session.pool_status().checked_out == 0)
         assert "did not close cleanly" in caplog.text

@@ -1,5 +1,5 @@
 """What an in-memory session promises beyond the repository contract: isolation, locks, references, its own state."""
-# ruff: noqa: PT012 - the block that raises is a whole unit of work: that is what is tested
+
 
 import asyncio
 import dataclasses

@@ -31,8 +31,6 @@ LOCKS: tuple[Any, ...] = (None, *get_args(Lock))
 WHATS = get_args(get_type_hints(Query)["what"])
 ANSWERS = get_args(get_type_hints(TableStatements.update)["answer"])
 
-metadata = sa.MetaData()
-
 
 @dataclasses.dataclass
 class Pulse:
@@ -45,7 +43,7 @@ class Pulses(SQLAlchemyRepository[Pulse]):
 
     table = sa.Table(
         "pulses",
-        metadata,
+        sa.MetaData(),
         sa.Column("id", sa.Integer(), primary_key=True),
         sa.Column("at", UtcDateTime(), server_default=sa.func.now()),
     )
@@ -64,8 +62,8 @@ class Odds(SQLAlchemyRepository[Odd]):
 
     table = sa.Table(
         "or:der [by]",
-        metadata,
-        sa.Column("%s", sa.Integer(), primary_key=True, autoincrement=False, key="key"),
+        sa.MetaData(),
+        sa.Column("k?y", sa.Integer(), primary_key=True, autoincrement=False, key="key"),
         sa.Column("select", sa.String(20), nullable=False, unique=True),
         sa.Column("so:big?", sa.Boolean(), key="big"),
         sa.Column("wh]en", sa.String(20), key="when"),
@@ -150,11 +148,12 @@ class _Catalogue:
         for order in self.orders():
             yield self.select(Query(order=order), [])
             for nulls in itertools.product((False, True), repeat=len(order)):
-                if any(null and not self.table.columns[key.field].nullable for key, null in zip(order, nulls)):
+                keys = list(zip(order, nulls, strict=True))
+                if any(null and not self.table.columns[key.field].nullable for key, null in keys):
                     continue
                 values = []
-                at = Position(tuple(None if null else self.value(key.field) for key, null in zip(order, nulls)), False)
-                query = Query(order=order, nulls=self.sql.clauses.position_shape(at, order, values))
+                position = Position(tuple(None if null else self.value(key.field) for key, null in keys), False)
+                query = Query(order=order, nulls=self.sql.clauses.position_shape(position, order, values))
                 yield self.windowed(query, values, limit=True, offset=False)
         order = next(self.orders())
         for what, limit, offset, deleted_too in itertools.product(WHATS, *[(True, False)] * 3):

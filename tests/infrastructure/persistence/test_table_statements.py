@@ -2,12 +2,12 @@
 
 import re
 from functools import cache
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.domain import Sort
+from fastapi_building_blocks.domain import Sort, field
+from fastapi_building_blocks.infrastructure import SQLAlchemyRepository, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_statements import compile_statement
 from fastapi_building_blocks.infrastructure.persistence.repositories.table_statements import Query
 from tests.contracts.sample_entities import (
@@ -19,7 +19,9 @@ from tests.infrastructure.persistence.every_statement import (
     REPOSITORIES,
     URLS,
     Emitted,
+    Odd,
     Odds,
+    Pulse,
     Pulses,
     every_statement,
     statement_methods,
@@ -90,7 +92,7 @@ class TestOnEveryDatabase:
             if item.query is not None and item.query.order:
                 order = item.statement.sql.rpartition("ORDER BY ")[2]
                 key = list(item.statement.table.primary_key.columns)[-1]
-                assert key.name in order.replace("]]", "]").replace("%%", "%"), item.statement.sql
+                assert key.name in order.replace("]]", "]"), item.statement.sql
 
     def test_a_version_is_counted_by_every_update(self, database: str):
         for item in emitted(database):
@@ -200,8 +202,8 @@ class TestOnSQLServer:
             assert ("OFFSET ? ROWS" in item.statement.sql) is item.query.offset
 
     def test_no_column_is_twice_in_one_order(self):
-        for item in of("select"):
-            keys = bare(item.statement.sql).rpartition("ORDER BY ")[2].partition("OFFSET")[0].split(", ")
+        for item in (item for item in of("select") if "ORDER BY" in item.statement.sql):
+            keys = item.statement.sql.rpartition("ORDER BY ")[2].partition("OFFSET")[0].split(", ")
             plain = [key.strip().removesuffix(" ASC").removesuffix(" DESC") for key in keys if "CASE" not in key]
             assert len(plain) == len(set(plain))
 
@@ -272,7 +274,8 @@ class TestOnSQLServer:
             if batch:
                 assert batch[1] == table.name
                 assert f"({', '.join(column.name for column in item.statement.columns)})" in batch[2]
-                assert "target.id =" not in batch[2]  # an identity cannot be updated
+            if counts:
+                assert not re.search(r"(SET|,) target\.id =", item.statement.sql)  # an identity cannot be updated
 
     def test_no_statement_has_more_parameters_than_the_server_takes(self):
         assert max(len(item.arguments) for item in emitted("mssql")) <= 2_100
@@ -281,7 +284,7 @@ class TestOnSQLServer:
         sql = statements_of(Odds, "mssql").upsert(frozenset(), ("select",), True).sql
         assert sql.startswith("MERGE INTO [my schema].[or:der [by]]] WITH (HOLDLOCK) AS target ")
         assert "ON target.[select] = ? WHEN MATCHED THEN UPDATE SET target.[so:big?] = ?, target.[wh]]en] = ?" in sql
-        assert sql.endswith("OUTPUT inserted.[%s], inserted.[select], inserted.[so:big?], inserted.[wh]]en];")
+        assert sql.endswith("OUTPUT inserted.[k?y], inserted.[select], inserted.[so:big?], inserted.[wh]]en];")
 
     def test_the_size_of_a_table_is_asked_by_its_quoted_name(self):
         sql = statements_of(Odds, "mssql")
@@ -290,3 +293,34 @@ class TestOnSQLServer:
             "SELECT SUM(rows) FROM sys.partitions WHERE object_id = OBJECT_ID(?) AND index_id IN (0, 1)"
         )
         assert estimate.bind([]) == ("[my schema].[or:der [by]]]",)
+
+
+# Against real databases: what is rarely met in a table
+
+
+class LocalOdds(SQLAlchemyRepository[Odd]):
+    table = Odds.table.to_metadata(sa.MetaData(), schema=None)
+
+
+async def test_names_that_mean_something_in_sql_are_names_all_the_same(database_url: str):
+    async with SQLAlchemySession(database_url) as session:
+        await session.create_tables(LocalOdds.table.metadata)
+        odds = LocalOdds(session)
+        await odds.add(Odd(1, "a", True, "100%"))
+        await odds.add_many([Odd(2, "b"), Odd(3, "c", False, "?")])
+        assert await odds.upsert(Odd(4, "a", False, "%s"), on=["select"]) == Odd(1, "a", False, "%s")
+        assert await odds.patch(2, {"when": ":x"}) == Odd(2, "b", None, ":x")
+        assert [odd.key for odd in await odds.get_all(field("when").contains("%"), sort="-select")] == [1]
+        assert await odds.update_where({"big": True}, field("select") == "c") == 1
+        assert await odds.get(3) == Odd(3, "c", True, "?")
+
+
+async def test_a_row_may_be_left_to_the_database_as_a_whole(database_url: str):
+    async with SQLAlchemySession(database_url) as session:
+        await session.create_tables(Pulses.table.metadata)
+        pulses = Pulses(session)
+        first = await pulses.add(Pulse())
+        assert first.id == 1
+        assert first.at is not None
+        assert await pulses.add_many([Pulse(), Pulse()]) == 2
+        assert [pulse.id for pulse in await pulses.get_all(field("at").is_not_null())] == [1, 2, 3]

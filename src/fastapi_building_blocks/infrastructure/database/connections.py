@@ -119,8 +119,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         while idle:
             connection = idle.pop()
             if not self.is_dead(connection.driver):
-                if len(idle) < self._least_idle:
-                    self._least_idle = len(idle)
+                self._least_idle = min(self._least_idle, len(idle))
                 return connection
             self.discard(connection)
         return None
@@ -274,15 +273,18 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._open -= 1
 
     async def _close(self, connection: PooledConnection) -> None:
+        record = connection.record
+        # SQLAlchemy logs each invalidation, so a healthy connection takes its leave in the ordinary way.
+        healthy = connection.valid and not self.is_dead(connection.driver)
         connection.valid = False
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT):
-                await greenlet_spawn(connection.record.invalidate)
+                await greenlet_spawn(record.close if healthy else record.invalidate)
         except Exception:
             logger.debug("a connection did not close cleanly", exc_info=True)
         finally:
-            if connection.record.dbapi_connection is not None:
-                connection.record.invalidate()  # outside a greenlet the driver drops it without a word
+            if record.dbapi_connection is not None:
+                record.invalidate()  # outside a greenlet the driver drops it without a word
             self._free_place()
 
     async def _recover(self, connection: PooledConnection) -> None:
@@ -297,6 +299,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 connection.intact = True
                 self.release(connection)
             else:
+                connection.valid = False
                 await self._close(connection)
 
     def _trim(self) -> None:

@@ -276,8 +276,20 @@ class _SQLiteNumeric(sa.Numeric[Any]):
         return lambda value: None if value is None else Decimal(format(value, form))
 
 
+class _SQLiteFloat(sa.Float[Any]):
+    """RETURNING of an upsert answers a float without a fraction as an integer."""
+
+    def result_processor(self, dialect: Dialect, coltype: Any) -> Any:
+        if self.asdecimal:
+            return super().result_processor(dialect, coltype)  # type: ignore[no-untyped-call]
+        return lambda value: None if value is None else float(value)
+
+
 def _adapt_sqlite(dialect: Any) -> None:
-    _specialise(dialect, {sa.Uuid: _HexUuid, sa.DateTime: _SQLiteDateTime, sa.Numeric: _SQLiteNumeric})
+    _specialise(
+        dialect,
+        {sa.Uuid: _HexUuid, sa.DateTime: _SQLiteDateTime, sa.Numeric: _SQLiteNumeric, sa.Float: _SQLiteFloat},
+    )
 
 
 _LONGEST_NVARCHAR = 4000
@@ -290,8 +302,9 @@ class _MSSQLTypeNames:
         return super().visit_datetime(type_, **kwargs) if type_.timezone else "DATETIME2(6)"  # type: ignore[misc]
 
     def visit_string(self, type_: Any, **kwargs: Any) -> Any:
-        length = type_.length
-        if length is not None and length > _LONGEST_NVARCHAR:
+        if type_.collation and type_.collation.endswith("_UTF8"):  # as BinaryString: VARCHAR holds everything there
+            return self.visit_VARCHAR(type_, **kwargs)  # type: ignore[attr-defined]
+        if type_.length is not None and type_.length > _LONGEST_NVARCHAR:
             type_ = sa.Unicode(collation=type_.collation)
         return self.visit_NVARCHAR(type_, **kwargs)  # type: ignore[attr-defined]
 

@@ -156,7 +156,7 @@ class SQLAlchemySession(DatabaseSession):
             try:
                 self._pool.release(await self._pool.acquire())
                 break
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
                 failure = translate(error, self.dialect)
                 again = isinstance(failure, ConnectionLostError)
                 longest = min(_CONNECT_FIRST_DELAY * 2**attempt, _CONNECT_LONGEST_DELAY)
@@ -244,7 +244,7 @@ class SQLAlchemySession(DatabaseSession):
         connection = await self._acquire()
         try:
             answer = await operation(connection, statement, arguments)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
             raise self._give_back_after(connection, error, statement) from driver_error(error)
         except BaseException:
             self._pool.mend(connection)
@@ -275,10 +275,8 @@ class SQLAlchemySession(DatabaseSession):
     async def _acquire(self) -> PooledConnection:
         try:
             return await self._pool.acquire()
-        except BuildingBlocksError:
-            raise
         except Exception as error:
-            failure = translate(error, self.dialect)
+            failure = _not_opened(error, self.dialect)
             if failure is error:
                 raise
             raise failure from driver_error(error)
@@ -359,7 +357,7 @@ class _SQLAlchemyTransaction(TransactionBackend):
         try:
             connection = self._connection = self._pool.take() or await self._pool.acquire()
         except Exception as error:
-            failure = translate(error, self._dialect)
+            failure = _not_opened(error, self._dialect)
             if failure is error:
                 raise
             raise failure from driver_error(error)
@@ -443,13 +441,19 @@ def _checked(url: str | URL) -> URL:
     return parsed
 
 
-def _check_knobs(
-    pool_size: int, max_overflow: int, connect_attempts: int, *seconds: float | None
-) -> None:
+def _check_knobs(pool_size: int, max_overflow: int, connect_attempts: int, *seconds: float | None) -> None:
     if pool_size < 1 or max_overflow < 0 or connect_attempts < 1:
         raise ValueError("pool_size and connect_attempts are at least 1, and max_overflow is not negative")
     if not all(value is None or 0 < value < math.inf for value in seconds):
         raise ValueError("a timeout is a number of seconds greater than 0")
+
+
+def _not_opened(error: Exception, dialect: PortableDialect) -> Exception:
+    """Return the domain's error for one that the opening of a connection raised, whatever the database's reason."""
+    failure = translate(error, dialect)
+    if type(failure) is BuildingBlocksError:
+        return ConnectionLostError("the database refused a connection")
+    return failure
 
 
 def _reason(error: Exception) -> str:

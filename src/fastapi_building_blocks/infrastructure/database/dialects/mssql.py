@@ -239,9 +239,9 @@ def _compile_merge(merge: _Merge, compiler: SQLCompiler, **kwargs: Any) -> str:
             for key in keys
             if key is not identity
         ]
-    if not changes:
-        kept = name(columns[merge.on[0]])
-        changes = [f"target.{kept} = target.{kept}"]  # without an update there would be no row to answer
+    if not changes:  # without an update there would be no row to answer
+        kept = next(name(column) for column in columns if column is not identity and column.computed is None)
+        changes = [f"target.{kept} = target.{kept}"]
     answer = f" OUTPUT {', '.join(f'inserted.{name(column)}' for column in merge.answer)}" if merge.answer else ""
     sql = (  # names are quoted, values are parameters
         f"MERGE INTO {table} WITH (HOLDLOCK) AS target USING (VALUES (1)) AS source (one) ON {match} "  # noqa: S608

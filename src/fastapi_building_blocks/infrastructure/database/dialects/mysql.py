@@ -1,5 +1,7 @@
 """MySQL and MariaDB, with aiomysql or asyncmy."""
 
+import math
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +72,8 @@ _BY_CODE: dict[int, type[BuildingBlocksError]] = {
 _LOCK_WAIT_TIMEOUT = 1205
 _SUBQUERY_RETURNS_MORE_THAN_ONE_ROW = 1242
 _TWO_ROWS = "(SELECT 1 UNION ALL SELECT 2)"
+_WRONG_VALUE = 1292
+_KEY_MARK = re.compile(r"'upsert met key (\d+)'$")
 _BAD_NULL, _NO_DEFAULT, _TOO_LONG, _OUT_OF_RANGE = 1048, 1364, 1406, 1264
 _SERVER_STATUS_IN_TRANSACTION = 1
 
@@ -93,7 +97,7 @@ class MySQLDialect(PortableDialect):
         limit = self.timeouts.statement
 
         @sa.event.listens_for(engine.sync_engine, "connect")
-        def set_up(dbapi_connection: Any, record: Any) -> None:
+        def set_up(dbapi_connection: Any, _record: Any) -> None:
             cursor = dbapi_connection.cursor()
             cursor.execute("SELECT VERSION()")
             mariadb = "mariadb" in str(cursor.fetchone()[0]).lower()
@@ -102,7 +106,7 @@ class MySQLDialect(PortableDialect):
                 cursor.execute(
                     f"SET SESSION max_statement_time = {limit:f}"
                     if mariadb
-                    else f"SET SESSION max_execution_time = {int(limit * 1000)}"
+                    else f"SET SESSION max_execution_time = {math.ceil(limit * 1000)}"
                 )
             cursor.close()
 
@@ -133,8 +137,12 @@ class MySQLDialect(PortableDialect):
         message = str(error.args[1]) if len(error.args) > 1 else ""
         if code == _LOCK_WAIT_TIMEOUT and getattr(statement, "lock", None) == "nowait":
             return Failure(LockNotAvailableError)  # MariaDB has no code of its own for NOWAIT
-        if code == _SUBQUERY_RETURNS_MORE_THAN_ONE_ROW and getattr(statement, "guards_upsert", False):
-            return Failure(DuplicateKeyError)
+        if getattr(statement, "guards_upsert", False):
+            if code == _SUBQUERY_RETURNS_MORE_THAN_ONE_ROW:
+                return Failure(DuplicateKeyError)
+            if code == _WRONG_VALUE and (taken := _KEY_MARK.search(message)):
+                columns = _unique_keys(statement.table)[int(taken[1])]
+                return Failure(DuplicateKeyError, columns=tuple(column.name for column in columns))
         kind = _BY_CODE.get(code)
         if kind is None:
             return None
@@ -162,8 +170,18 @@ class MySQLDialect(PortableDialect):
         same = sa.and_(*[table.columns[name].op("<=>")(insert.inserted[name]) for name in on])
         guarded = table.columns[on[0]]
         # ON DUPLICATE KEY takes any unique key for a match. Where it is not the one that was meant, the guard
-        # makes the statement fail, so that another row is never overwritten.
-        changes: list[tuple[str, Any]] = [(guarded.key, sa.func.if_(same, guarded, sa.text(_TWO_ROWS)))]
+        # makes the statement fail, so that another row is never overwritten. A text that strict mode takes for no
+        # number brings into the error which key it was.
+        refusal: Any = sa.literal_column(_TWO_ROWS)
+        met = [
+            (
+                sa.and_(*[column == insert.inserted[column.key] for column in columns]),
+                sa.cast(sa.literal_column(f"'upsert met key {place}'"), sa.Integer) + refusal,
+            )
+            for place, columns in enumerate(_unique_keys(table))
+        ]
+        guard = sa.func.if_(same, guarded, sa.case(*met, else_=refusal))
+        changes: list[tuple[str, Any]] = [(guarded.key, guard)]
         changes += [(name, insert.inserted[name]) for name in written]
         if version is not None:
             changes.append((version, table.columns[version] + sa.literal_column("1")))
@@ -176,6 +194,18 @@ class MySQLDialect(PortableDialect):
             f"WHERE table_schema = {schema} AND table_name = :name"
         )
         return query.bindparams(name=table.name, **({"schema": table.schema} if table.schema else {}))
+
+
+def _unique_keys(table: sa.Table) -> list[list[sa.Column[Any]]]:
+    """Return the columns of every unique key, in an order that is always the same."""
+    constraints: list[Any] = [item for item in table.constraints if isinstance(item, sa.UniqueConstraint)]
+    indexes = [
+        index
+        for index in table.indexes
+        if index.unique and all(isinstance(part, sa.Column) for part in index.expressions)
+    ]
+    groups = [list(item.columns) for item in [*constraints, *indexes]]
+    return [list(table.primary_key.columns), *sorted(groups, key=lambda group: [column.name for column in group])]
 
 
 def _bytes(text: Any) -> Any:

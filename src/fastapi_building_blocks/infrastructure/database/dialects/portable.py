@@ -58,6 +58,8 @@ class PortableDialect:
     """Whether ORDER BY understands NULLS FIRST and NULLS LAST."""
     row_values = False
     """Whether ``(a, b) > (x, y)`` is understood, and answered from an index."""
+    native_enums = False
+    """Whether an enumeration is a type of its own, ordered and compared as it is declared."""
     array_parameters = False
     """Whether a list may be one parameter: ``= ANY(:values)``."""
     streams_in_transaction = False
@@ -100,11 +102,13 @@ class PortableDialect:
 
     async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
         """Run a query and return all rows."""
-        return await self.spawn(connection, self._run, connection, statement.sql, arguments, _fetch_all)
+        rows: Sequence[Row] = await self.spawn(connection, self._run, connection, statement.sql, arguments, _fetch_all)
+        return rows
 
     async def execute(self, connection: PooledConnection, statement: Any, arguments: Any) -> int:
         """Run a statement and return how many rows it touched."""
-        return await self.spawn(connection, self._run, connection, statement.sql, arguments, _row_count)
+        touched: int = await self.spawn(connection, self._run, connection, statement.sql, arguments, _row_count)
+        return touched
 
     async def insert(self, connection: PooledConnection, statement: Any, arguments: Any) -> Any:
         """Run an INSERT and return the key that the database generated, where it can say."""
@@ -112,7 +116,8 @@ class PortableDialect:
 
     async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
         """Run a statement once for each row of arguments and return how many rows that touched together."""
-        return await self.spawn(connection, self._run_many, connection, statement.sql, rows)
+        touched: int = await self.spawn(connection, self._run_many, connection, statement.sql, rows)
+        return touched
 
     async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
         """Insert rows of values in the order of ``statement.columns``, by the fastest way the driver has."""
@@ -317,5 +322,5 @@ def _last_key(cursor: Any) -> Any:
     return cursor.lastrowid
 
 
-def _nothing(cursor: Any) -> None:
+def _nothing(_cursor: Any) -> None:
     return None

@@ -1,11 +1,13 @@
 """PostgreSQL, at its best with asyncpg."""
 
+import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
+from sqlalchemy.types import TypeEngine
 
 from fastapi_building_blocks.domain.errors import (
     BuildingBlocksError,
@@ -63,6 +65,7 @@ class PostgreSQLDialect(PortableDialect):
     nulls_clause = True
     row_values = True
     streams_in_transaction = True
+    native_enums = True
     array_parameters = True
     largest_statement = 32_767
     default_isolation = "READ COMMITTED"
@@ -72,7 +75,7 @@ class PostgreSQLDialect(PortableDialect):
             return {}
         settings = {}
         if self.timeouts.statement is not None:
-            settings["statement_timeout"] = str(int(self.timeouts.statement * 1000))
+            settings["statement_timeout"] = str(math.ceil(self.timeouts.statement * 1000))
         return {"connect_args": {"timeout": self.timeouts.connect, "server_settings": settings}}
 
     async def begin(self, connection: PooledConnection, isolation: str | None, read_only: bool) -> None:
@@ -156,6 +159,11 @@ def _columns_in(detail: str | None) -> tuple[str, ...]:
     return tuple(name.strip('"') for name in names)
 
 
+def _bound_by_sql(column: sa.Column[Any]) -> bool:
+    """Whether a value goes through an SQL function on its way into the column, which COPY cannot call."""
+    return type(column.type).bind_expression is not TypeEngine.bind_expression
+
+
 class AsyncpgDialect(PostgreSQLDialect):
     """PostgreSQL on asyncpg's own connection: prepared statements by SQL text, COPY, pipelined batches."""
 
@@ -175,6 +183,9 @@ class AsyncpgDialect(PostgreSQLDialect):
 
     async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
         if not statement.columns:  # COPY would take no columns for all of them
+            await connection.driver.executemany(statement.sql, rows)
+            return len(rows)
+        if any(map(_bound_by_sql, statement.columns)):
             await connection.driver.executemany(statement.sql, rows)
             return len(rows)
         table = statement.table

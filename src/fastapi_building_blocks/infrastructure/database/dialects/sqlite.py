@@ -79,12 +79,12 @@ class SQLiteDialect(PortableDialect):
 
     def pool_size(self, url: URL, pool_size: int, max_overflow: int) -> tuple[int, int]:
         # Each connection to :memory: is a database of its own, so there is one, taken in turn.
-        self._in_memory = url.database in (None, "", ":memory:") or "mode=memory" in str(url.database)
+        self._in_memory = url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
         return (1, 0) if self._in_memory and "cache" not in url.query else (pool_size, max_overflow)
 
     def prepare(self, engine: AsyncEngine) -> None:
         @sa.event.listens_for(engine.sync_engine, "connect")
-        def set_up(dbapi_connection: Any, record: Any) -> None:
+        def set_up(dbapi_connection: Any, _record: Any) -> None:
             # SQLite's own lower() knows ASCII only.
             dbapi_connection.create_function("unicode_lower", 1, _lower, deterministic=True)
             cursor = dbapi_connection.cursor()

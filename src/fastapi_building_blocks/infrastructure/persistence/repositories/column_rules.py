@@ -29,6 +29,8 @@ Rule = Callable[[Any], Any]
 # MariaDB's JSON functions refuse documents nested deeper than 32 levels; the others go further.
 _DEEPEST_JSON = 31
 _LARGE_INTEGER = 2**63
+# SQLite takes patterns of up to 50,000 bytes, once special characters are escaped.
+_LONGEST_SEARCH = 10_000
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - a wall clock
 _TEXT_OPERATORS = frozenset({Operator.CONTAINS, Operator.ICONTAINS, Operator.STARTS_WITH})
 _LIST_OPERATORS = frozenset({Operator.IN, Operator.NOT_IN, Operator.BETWEEN})
@@ -80,8 +82,11 @@ def _operand(column: sa.Column[Any], operator: Operator, value: Any) -> Any:
         return value
     if isinstance(kind, sa.JSON):
         raise InvalidInputError("a JSON field can only be asked whether it is null")
-    if operator in _TEXT_OPERATORS and not _is_text(kind):
-        raise InvalidInputError(f"{operator} is for text fields")
+    if operator in _TEXT_OPERATORS:
+        if not _is_text(kind):
+            raise InvalidInputError(f"{operator} is for text fields")
+        if isinstance(value, str) and len(value) > _LONGEST_SEARCH:
+            raise InvalidInputError(f"at most {_LONGEST_SEARCH} characters can be searched for")
     check = _operand_rule(kind)
     if operator in _LIST_OPERATORS:
         if not isinstance(value, tuple | list):

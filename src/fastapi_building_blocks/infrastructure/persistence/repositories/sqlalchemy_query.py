@@ -108,11 +108,14 @@ class QueryClauses:
             return column.is_(None) if shape[2] else column.is_not(None)
         if operator in (Operator.IN, Operator.NOT_IN):
             return self._list_clause(column, operator is Operator.NOT_IN, shape, placeholder)
-        if operator is Operator.BETWEEN:
-            return column.between(placeholder(column.type), placeholder(column.type))
         if operator in _TEXT_OPERATORS:
             return self._dialect.text_search(operator, column, placeholder(sa.String()))
-        return _COMPARE[operator](column, placeholder(column.type))
+        if operator in (Operator.EQ, Operator.NE):
+            return _COMPARE[operator](column, placeholder(column.type))
+        if operator is Operator.BETWEEN:
+            low, high = (self._ordered(column, placeholder(column.type)) for _ in range(2))
+            return self._ordered(column, column).between(low, high)
+        return _COMPARE[operator](*self._sides(column, placeholder))
 
     def _list_clause(self, column: Any, negated: bool, shape: Any, placeholder: Placeholder) -> Any:
         if self._dialect.array_parameters:
@@ -126,11 +129,36 @@ class QueryClauses:
 
     # Order and position
 
-    def order(self, order: Sequence[Sort]) -> list[Any]:
-        """Return the ORDER BY clauses of a total order."""
+    def _is_ranked(self, column: Any) -> bool:
+        native = self._dialect.native_enums and getattr(column.type, "native_enum", False)
+        return isinstance(column.type, sa.Enum) and not native
+
+    def _ordered(self, column: Any, value: Any) -> Any:
+        """Return what orders a value of a column: itself, or an enumeration's place where the database goes by names."""
+        if not self._is_ranked(column):
+            return value
+        places: dict[Any, Any] = {name: sa.literal_column(str(place)) for place, name in enumerate(column.type.enums)}
+        return sa.case(places, value=value)
+
+    def _sides(self, column: Any, placeholder: Placeholder) -> tuple[Any, Any]:
+        """Return a column and the placeholder of a value, so that they compare as they are ordered."""
+        return self._ordered(column, column), self._ordered(column, placeholder(column.type))
+
+    def _sort_key(self, name: str) -> Any:
+        column = self._columns[name]
+        key: Any = self._ordered(column, column)
+        key.nullable = column.nullable
+        return key
+
+    def order(self, order: Sequence[Sort], nulls: Sequence[bool] | None = None) -> list[Any]:
+        """Return the ORDER BY clauses of a total order; ``nulls`` is the shape of the position that it is read from."""
         clauses = []
-        for key in order:
-            column = self._columns[key.field]
+        for place, key in enumerate(order):
+            column = self._sort_key(key.field)
+            if place == 0 and nulls is not None and not nulls[0] and not key.nulls_last:
+                # No NULL of the first key lies behind a value, so that the index serves without a word on NULLs.
+                clauses.append(column.desc() if key.descending else column.asc())
+                continue
             clauses += self._dialect.order(column, descending=key.descending, nulls_last=key.nulls_last)
         return clauses
 
@@ -156,14 +184,15 @@ class QueryClauses:
 
     def _by_row_values(self, order: Sequence[Sort], nulls: Sequence[bool]) -> bool:
         same_direction = len({key.descending for key in order}) == 1
-        nullable = any(self._columns[key.field].nullable for key in order)
+        nullable = any(self._columns[key.field].nullable or self._is_ranked(self._columns[key.field]) for key in order)
         return self._dialect.row_values and same_direction and not nullable and not any(nulls) and len(order) > 1
 
     def position(self, nulls: Sequence[bool], order: Sequence[Sort], placeholder: Placeholder) -> Any:
         """Return the clause for what lies behind a row in a total order.
 
         One comparison of whole rows where the database answers it from an index. Elsewhere the first key bounds
-        the scan, and ``(a > :a) OR (a = :a AND b > :b) OR …`` decides within it.
+        the scan, and ``(a > :a) OR (a = :a AND b > :b) OR …`` decides within it. Where NULLs come behind the values
+        of that key no range holds both: the page is exact, but costs what lies before it.
         """
         columns = [self._columns[key.field] for key in order]
         if self._by_row_values(order, nulls):
@@ -183,13 +212,13 @@ class QueryClauses:
     def _behind(self, column: Any, key: Sort, is_null: bool, placeholder: Placeholder) -> Any:
         if is_null:
             return sa.false() if key.nulls_last else column.is_not(None)
-        value = placeholder(column.type)
-        after = column < value if key.descending else column > value
+        side, value = self._sides(column, placeholder)
+        after = side < value if key.descending else side > value
         return sa.or_(after, column.is_(None)) if column.nullable and key.nulls_last else after
 
     def _bound(self, column: Any, key: Sort, is_null: bool, placeholder: Placeholder) -> Any:
         if is_null:
             return column.is_(None) if key.nulls_last else None
-        value = placeholder(column.type)
-        within = column <= value if key.descending else column >= value
+        side, value = self._sides(column, placeholder)
+        within = side <= value if key.descending else side >= value
         return sa.or_(within, column.is_(None)) if column.nullable and key.nulls_last else within

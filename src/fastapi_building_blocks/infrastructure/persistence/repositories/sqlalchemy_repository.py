@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,7 +21,11 @@ from fastapi_building_blocks.infrastructure.database.session import DatabaseSess
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.persistence.repositories.declared_repository import DeclaredRepository
 from fastapi_building_blocks.infrastructure.persistence.repositories.row_mapping import MISSING
-from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_statements import CoreRead, Literals, Statement
+from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_statements import (
+    CoreRead,
+    Literals,
+    Statement,
+)
 from fastapi_building_blocks.infrastructure.persistence.repositories.table_statements import Query, TableStatements
 
 T = TypeVar("T")
@@ -235,8 +239,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
                 for place in (sql.place(name) for name in self._declaration.key)
             )
             entity = await self._read(unit, key)
-        assert entity is not None, "the row was inserted in the same transaction"
-        return entity
+        return self._present(entity)
 
     async def update(self, entity: T) -> T:
         values = list(self._dump(entity))
@@ -335,12 +338,16 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         statement = self._sql.delete_where(query)
         return int(await self._session.perform(self._sql.dialect.execute, statement, statement.bind(arguments)))
 
-    # Writes: upserts
+    # Upserts
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:
         keys = self._conflict_key(on)
         values, omitted = self._new_row(self._dump(entity))
         self._require_conflict_values(keys, values, omitted)
+        if not self._session.in_transaction:
+            # PostgreSQL may meet a racing insert of the same entity on another key than ``on``; next time it is there.
+            with suppress(DuplicateKeyError):
+                return await self._unclashed(lambda: self._upsert(keys, values, omitted))
         try:
             return await self._unclashed(lambda: self._upsert(keys, values, omitted))
         except DuplicateKeyError as error:
@@ -356,8 +363,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             statement = sql.upsert(omitted, keys, False)
             await unit.perform(sql.dialect.execute, statement, statement.bind(values))
             found = await self._find(unit, keys, values)
-        assert found is not None, "the row was written in the same transaction"
-        return found
+        return self._present(found)
 
     async def get_or_add(self, entity: T, on: Sequence[str] | None = None) -> tuple[T, bool]:
         keys = self._conflict_key(on)
@@ -419,9 +425,9 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         if error.fields or self._session.in_transaction:
             return error
         for unique in self._declaration.unique_keys:
-            if unique != keys and not any(values[self._sql.place(name)] in (None, MISSING) for name in unique):
-                if await self._find(self._session, unique, values) is not None:
-                    return DuplicateKeyError(f"{' and '.join(unique)} is already taken", fields=unique)
+            incomplete = any(values[self._sql.place(name)] in (None, MISSING) for name in unique)
+            if unique != keys and not incomplete and await self._find(self._session, unique, values) is not None:
+                return DuplicateKeyError(f"{' and '.join(unique)} is already taken", fields=unique)
         return error
 
     # Writes: many entities
@@ -493,6 +499,13 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
     # What the methods share
 
+    @staticmethod
+    def _present(entity: T | None) -> T:
+        """Return what the same transaction has just written."""
+        if entity is None:
+            raise RuntimeError("a trigger or rule of the database has removed the row that was written")
+        return entity
+
     def _shape(self, criteria: Sequence[Any], values: Values) -> tuple[tuple[Any, ...], list[Any]]:
         """Return the shape of the domain's criteria, their values appended, and the SQLAlchemy expressions."""
         expressions = [item for item in criteria if isinstance(item, sa.ClauseElement)]
@@ -541,7 +554,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
     def _new_row(self, dumped: Sequence[Any]) -> tuple[Values, frozenset[int]]:
         """Return the values to insert, defaults filled in, and the places that the database fills."""
         values = list(dumped)
-        omitted = []
+        omitted = [*self._sql.computed]
         now: datetime | None = None
         for place, fill in self._declaration.fills:
             if values[place] is None or values[place] is MISSING:

@@ -72,11 +72,9 @@ class TableStatements(Generic[T]):
         """From one of the driver's rows to its key as Python values."""
         self.load_values = mapping.loader([None] * len(processors))
         """From rows of Python values to entities."""
-        self.always_written = tuple(
-            name
-            for name, column in zip(mapping.names, self._columns, strict=True)
-            if name not in declaration.kept_by_update and column.computed is None
-        )
+        self.always_written = tuple(name for name in mapping.names if name not in declaration.kept_by_update)
+        self.computed = frozenset(place for place, column in enumerate(self._columns) if column.computed is not None)
+        """The places of the columns that no statement writes."""
         self.changed_by_database = bool(self._created_at) or any(
             column.server_onupdate is not None or column.computed is not None for column in self._columns
         )
@@ -114,7 +112,7 @@ class TableStatements(Generic[T]):
         )
         core = core.where(*conditions)
         if query.order:
-            core = core.order_by(*self.clauses.order(query.order))
+            core = core.order_by(*self.clauses.order(query.order, query.nulls))
         elif query.limit and self.dialect.paging_needs_order:
             core = core.order_by(*self.table.primary_key.columns)
         if query.limit:

@@ -1,0 +1,360 @@
+"""What a repository promises on awkward tables, and how it says that a declaration contradicts itself."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from fastapi_building_blocks.domain import (
+    CursorRequest,
+    DuplicateKeyError,
+    InvalidQueryError,
+    MultipleResultsError,
+    NotFoundError,
+    PageRequest,
+    UnsupportedOperationError,
+    field,
+)
+from fastapi_building_blocks.infrastructure import SQLAlchemyRepository, SQLAlchemySession, UtcDateTime
+from fastapi_building_blocks.infrastructure.database.types import utc_now
+from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
+
+PATHS = ["driver", "portable", "without returning"]
+odd_metadata = sa.MetaData()
+odd = sa.Table(
+    "Order by; --50%",
+    odd_metadata,
+    sa.Column("Primary %s Key", sa.Integer(), primary_key=True, autoincrement=False, key="id"),
+    sa.Column("select", sa.String(50), nullable=False, unique=True, key="name"),
+    sa.Column("50%", sa.Integer(), nullable=False, key="share"),
+    sa.Column(":x $1 ?", sa.Integer(), key="amount"),
+    sa.Column("arg__0", sa.Integer(), key="arg__1"),
+    sa.Column("user", sa.String(20), server_default="nobody", key="user"),
+    sa.Column("row_version", sa.Integer(), nullable=False, key="version"),
+    sa.Column("gone", UtcDateTime(), key="deleted_at"),
+)
+
+
+@dataclasses.dataclass
+class Odd:
+    id: int
+    name: str
+    share: int = 1
+    amount: int | None = None
+    arg__1: int | None = None
+    user: str | None = None
+    version: int | None = None
+    deleted_at: Any = None
+
+
+class Odds(SQLAlchemyRepository[Odd]):
+    table = odd
+    version_column = "version"
+    soft_delete_column = "deleted_at"
+
+
+computed_metadata = sa.MetaData()
+lines = sa.Table(
+    "order_lines",
+    computed_metadata,
+    sa.Column("id", sa.Integer(), primary_key=True),
+    sa.Column("pieces", sa.Integer(), nullable=False),
+    sa.Column("price", sa.Integer(), nullable=False),
+    sa.Column("total", sa.Integer(), sa.Computed("pieces * price", persisted=True)),
+    sa.Column("stamp", UtcDateTime(), server_default=utc_now()),
+    sa.Column("source", sa.String(20), default="shop", onupdate=lambda: "changed"),
+)
+
+
+@dataclasses.dataclass
+class Line:
+    id: int | None
+    pieces: int
+    price: int
+    total: int | None = None
+    stamp: Any = None
+    source: str | None = None
+
+
+class Lines(SQLAlchemyRepository[Line]):
+    table = lines
+
+
+@pytest.fixture(params=PATHS)
+async def session(request: pytest.FixtureRequest, database_url: str) -> AsyncIterator[SQLAlchemySession]:
+    if request.param == "without returning" and "mysql" not in database_url:
+        pytest.skip("MySQL alone is without RETURNING")
+    async with opened(database_url, portable=request.param == "portable") as session:
+        if request.param == "without returning":
+            session.dialect.insert_returning = False
+        yield session
+
+
+async def test_columns_of_any_name_are_written_found_and_named_by_their_keys(session: SQLAlchemySession) -> None:
+    await session.create_tables(odd_metadata)
+    repository = Odds(session)
+    first = await repository.add(Odd(1, "a%s", 3, 4, 5))
+    assert first == Odd(1, "a%s", 3, 4, 5, "nobody", 1)
+    assert (
+        await repository.add_many([Odd(number, f"n{number}", number, None, 0, "me") for number in range(2, 40)]) == 38
+    )
+    with pytest.raises(DuplicateKeyError) as caught:
+        await repository.add(Odd(99, "a%s"))
+    assert caught.value.fields == ("name",)
+    with pytest.raises(DuplicateKeyError) as caught:
+        await repository.add(Odd(1, "b"))
+    assert caught.value.fields == ("id",)
+    if session.dialect_name == "mysql":
+        return  # SQLAlchemy doubles a percent sign twice in VALUES(), so MySQL would look for another column
+    assert (await repository.upsert(Odd(50, "a%s", 30), on=["name"])).id == 1
+    assert (await repository.get(1)).share == 30
+    assert await repository.upsert_many([Odd(1, "a%s", 31), Odd(60, "new")]) == 2
+    with pytest.raises(DuplicateKeyError):
+        await repository.upsert(Odd(1, "new"))
+    updated = await repository.update(await repository.get(2))
+    assert updated.version == 2
+    assert (await repository.patch(2, {"share": 77, "amount": None, "arg__1": 8})).arg__1 == 8
+    assert await repository.update_where({"share": 5}, field("name").contains("%s") | (field("share") == 77)) == 2
+    assert await repository.update_many([await repository.get(2), await repository.get(3)]) == 2
+    assert [one.id for one in await repository.get_all(field("amount").is_null(), sort=["-share", "id"], limit=3)]
+    assert await repository.find_one(odd.c.name == "a%s", field("id") == 1) is not None
+    page = await repository.paginate_by_cursor(CursorRequest(10), field("share") > 0, sort=["user", "-share"])
+    after = await repository.paginate_by_cursor(
+        CursorRequest(10, page.next_cursor), field("share") > 0, sort=["user", "-share"]
+    )
+    assert not {one.id for one in page.items} & {one.id for one in after.items}
+    assert [one.id for one in await repository.get_many([3, 1, 999, 3])] == [3, 1, 3]
+    assert await repository.delete(3)
+    assert not await repository.delete(3)
+    assert await repository.restore(3)
+    assert await repository.delete_where(field("name").starts_with("n1")) == 10
+    assert len([one async for one in repository.stream(batch_size=7)]) == await repository.count() == 30
+    assert await repository.including_deleted().delete_where(everything=True) == 40
+
+
+async def test_columns_whose_keys_are_not_their_names_are_upserted(session: SQLAlchemySession) -> None:
+    keyed = sa.Table(
+        "keyed",
+        sa.MetaData(),
+        sa.Column("account_id", sa.Integer(), primary_key=True, autoincrement=False, key="id"),
+        sa.Column("account_number", sa.String(20), unique=True, nullable=False, key="number"),
+        sa.Column("account_balance", sa.Integer(), nullable=False, key="balance"),
+        sa.Column("account_owner", sa.String(20), key="owner"),
+    )
+
+    class Keyed(SQLAlchemyRepository[Account]):
+        table = keyed
+
+    await session.create_tables(keyed.metadata)
+    repository = Keyed(session)
+    assert await repository.upsert(account(1, 5)) == account(1, 5)
+    assert await repository.upsert(account(1, 6, "me")) == account(1, 6, "me")
+    assert await repository.upsert(Account(2, "A1", 7), on=["number"]) == account(1, 7)
+    assert await repository.upsert_many([account(1, 8), account(2, 9)], on=["number"]) == 2
+    with pytest.raises(DuplicateKeyError):
+        await repository.upsert(Account(2, "A1", 99), on=["number"])
+    assert await repository.get_all(sort="id") == [account(1, 8), account(2, 9)]
+
+
+async def test_what_the_database_computes_comes_back_and_is_never_written(session: SQLAlchemySession) -> None:
+    await session.create_tables(computed_metadata)
+    repository = Lines(session)
+    line = await repository.add(Line(None, 3, 5, total=999))
+    assert (line.total, line.source, line.id is not None, line.stamp is not None) == (15, "shop", True, True)
+    changed = await repository.update(dataclasses.replace(line, pieces=4, total=0))
+    assert changed.total == 20
+    patched = await repository.patch(line.id, {"price": 6})
+    assert (patched.total, patched.source) == (24, "changed")
+    assert await repository.add_many([Line(None, number, 2) for number in range(10)]) == 10
+    assert await repository.count(lines.c.total == lines.c.pieces * 2) >= 9
+    assert (await repository.upsert(dataclasses.replace(line, pieces=7))).total == 35
+
+
+class Lowered(sa.TypeDecorator[str]):
+    """Text that the database makes lower case on its way in."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def bind_expression(self, bindvalue: Any) -> Any:
+        return sa.func.lower(bindvalue, type_=self)
+
+
+async def test_a_type_that_binds_by_sql_does_so_in_every_write(session: SQLAlchemySession) -> None:
+    lowered = sa.Table(
+        "lowered",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("number", Lowered(20), nullable=False, unique=True),
+        sa.Column("balance", sa.Integer(), nullable=False),
+        sa.Column("owner", Lowered(20)),
+    )
+
+    class LoweredAccounts(SQLAlchemyRepository[Account]):
+        table = lowered
+
+    await session.create_tables(lowered.metadata)
+    repository = LoweredAccounts(session)
+    assert await repository.add_many([Account(1, "ONE"), Account(2, "TWO", owner="ME")]) == 2
+    await repository.upsert(Account(3, "THREE"))
+    await repository.patch(3, {"owner": "YOU"})
+    assert [(one.number, one.owner) for one in await repository.get_all(sort="id")] == [
+        ("one", None), ("two", "me"), ("three", "you"),
+    ]  # fmt: skip
+    assert (await repository.find_one(field("number") == "TWO")).id == 2
+
+
+async def test_expressions_of_sqlalchemy_mix_with_criteria_everywhere(session: SQLAlchemySession) -> None:
+    repository = Accounts(session)
+    await repository.add_many([account(number, number * 10, f"Owner {number % 3}") for number in range(30)])
+    rich = accounts.c.balance / 10 > 20
+    odd_owner = field("owner") == "Owner 1"
+    want = [number for number in range(30) if number > 20 and number % 3 == 1]
+    assert [one.id for one in await repository.get_all(rich, odd_owner, sort="id")] == want
+    assert await repository.count(odd_owner, rich) == len(want)
+    assert await repository.exists(rich, odd_owner)
+    assert not await repository.exists(sa.false())
+    page = await repository.paginate(PageRequest(2, 1), rich, odd_owner, sort="-id")
+    assert ([one.id for one in page.items], page.total) == (want[::-1][1:3], len(want))
+    capped = await repository.paginate(PageRequest(1, 0, count="capped", count_cap=2), rich)
+    assert (capped.total, capped.total_is_capped) == (2, True)
+    first = await repository.paginate_by_cursor(CursorRequest(2), rich, odd_owner, sort="balance")
+    second = await repository.paginate_by_cursor(CursorRequest(2, first.next_cursor), rich, odd_owner, sort="balance")
+    assert [one.id for one in [*first.items, *second.items]] == want
+    with pytest.raises(InvalidQueryError, match="another sort or filter"):
+        await repository.paginate_by_cursor(
+            CursorRequest(2, first.next_cursor), accounts.c.balance / 10 > 21, odd_owner, sort="balance"
+        )
+    assert [one.id async for one in repository.stream(rich, odd_owner, sort="id", batch_size=1)] == want
+    with pytest.raises(MultipleResultsError):
+        await repository.find_one(rich)
+    assert await repository.update_where({"owner": None}, rich, odd_owner) == len(want)
+    assert await repository.delete_where(rich, field("owner").is_null()) == len(want)
+    with pytest.raises(TypeError, match="criterion or a SQLAlchemy expression"):
+        await repository.get_all("balance > 1")  # type: ignore[arg-type]
+
+
+async def test_a_window_past_the_end_and_an_empty_one_are_empty(session: SQLAlchemySession) -> None:
+    repository = Accounts(session)
+    await repository.add_many([account(number) for number in range(5)])
+    assert await repository.get_all(limit=0) == []
+    assert await repository.get_all(offset=5) == []
+    assert [one.id for one in await repository.get_all(offset=3)] == [3, 4]
+    assert await repository.get_all(offset=2**63 - 1) == []
+    page = await repository.paginate(PageRequest(limit=2, offset=50))
+    assert (page.items, page.total) == ([], 5)
+    assert (await repository.paginate(PageRequest(count="none"))).total is None
+    assert (await repository.paginate(PageRequest(count="estimated"))).total >= 0
+
+
+async def test_lists_of_any_length_and_kind_are_answered(session: SQLAlchemySession) -> None:
+    repository = Accounts(session)
+    await repository.add_many([account(number, number, None if number % 2 else "x") for number in range(300)])
+    ids = field("id")
+    for size in (0, 1, 2, 3, 7, 255, 256, 257):
+        assert await repository.count(ids.is_in(range(size))) == size
+        assert await repository.count(ids.not_in(range(size))) == 300 - size
+    assert await repository.count(field("owner").not_in([])) == 300
+    assert await repository.count(field("owner").not_in(["y"])) == 150, "NULL is neither in nor out"
+    assert await repository.count(~field("owner").is_in(["y"])) == 150
+    assert len(await repository.get_many(range(600))) == 300
+    if not session.dialect.array_parameters:
+        with pytest.raises(InvalidQueryError, match="too many"):
+            await repository.count(ids.is_in(range(40_000)))
+
+
+async def test_a_stream_left_early_gives_its_connection_back(session: SQLAlchemySession) -> None:
+    repository = Accounts(session)
+    await repository.add_many([account(number) for number in range(2000)])
+    for criteria in ((), (accounts.c.id >= 0,)):
+        async with aclosing(repository.stream(*criteria, sort="id", batch_size=10)) as stream:
+            assert (await anext(stream)).id == 0
+        async with asyncio.timeout(5):
+            while session.pool_status().checked_out:
+                await asyncio.sleep(0.01)
+    with pytest.raises(ValueError, match="batch_size"):
+        [one async for one in repository.stream(batch_size=0)]
+
+
+async def test_a_miss_is_said_the_same_way_by_every_method(session: SQLAlchemySession) -> None:
+    repository = Accounts(session)
+    assert await repository.get_by_id(1) is None
+    for call in (
+        lambda: repository.get(1),
+        lambda: repository.update(account(1)),
+        lambda: repository.patch(1, {"balance": 1}),
+        lambda: repository.update_many([account(1)]),
+    ):
+        with pytest.raises(NotFoundError):
+            await call()
+    assert not await repository.delete(1)
+    with pytest.raises(ValueError, match="no version_column"):
+        await repository.patch(1, {"balance": 1}, version=1)
+    with pytest.raises(TypeError, match="no soft_delete_column"):
+        await repository.restore(1)
+    with pytest.raises(ValueError, match="everything=True"):
+        await repository.delete_where()
+
+
+async def test_an_entity_is_never_shared(session: SQLAlchemySession) -> None:
+    entity = account(1)
+    stored = await Accounts(session).add(entity)
+    assert stored == entity
+    assert stored is not entity
+    one, other = await Accounts(session).get_many([1, 1])
+    assert one == other
+    assert one is not other
+
+
+# Declarations
+
+
+def test_a_table_without_a_primary_key_is_refused_by_name() -> None:
+    keyless = sa.Table("keyless", sa.MetaData(), sa.Column("id", sa.Integer()))
+    with pytest.raises(TypeError, match="'keyless' has no primary key"):
+
+        class Keyless(SQLAlchemyRepository[Account]):
+            table = keyless
+
+
+def test_an_entity_that_does_not_match_its_table_names_both_sides() -> None:
+    other = sa.Table(
+        "other",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("number", sa.Integer()),
+        sa.Column("colour", sa.Integer()),
+    )
+    with pytest.raises(TypeError) as caught:
+
+        class Others(SQLAlchemyRepository[Account]):
+            table = other
+
+    for name in ("Account", "other", "colour", "balance", "owner"):
+        assert name in str(caught.value)
+
+
+async def test_without_a_table_it_says_what_is_missing(sqlite_url: str) -> None:
+    class Without(SQLAlchemyRepository[Account]):
+        pass
+
+    with pytest.raises(TypeError, match=r"Without\.table must be a SQLAlchemy Table"):
+        Without(SQLAlchemySession(sqlite_url))
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_what_sqlite_lacks_is_refused_and_not_dropped(database_url: str) -> None:
+    async with opened(database_url) as session:
+        await Accounts(session).add(account(1))
+        async with session.transaction() as unit:
+            assert await Accounts(unit).get_by_id(1, lock="update") == account(1)
+        for lock in ("nowait", "skip_locked"):
+            with pytest.raises(UnsupportedOperationError, match=lock):
+                async with session.transaction() as unit:
+                    await Accounts(unit).get_by_id(1, lock=lock)
+        with pytest.raises(RuntimeError, match="unit of work"):
+            await Accounts(session).get_by_id(1, lock="update")
