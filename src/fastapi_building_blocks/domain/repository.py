@@ -20,7 +20,7 @@ class Repository(ABC, Generic[T]):
     with another caller, and an argument is left as it was.
 
     Every read leaves soft-deleted entities out, unless asked through ``including_deleted()``.
-    Every order ends in the primary key, so it is total. A criterion or sort on an unknown or hidden field
+    Every order ends in the primary key, in the direction of its last key, so it is total. A criterion or sort on an unknown or hidden field
     raises ``InvalidQueryError``; a value that the store cannot hold raises ``InvalidInputError`` that names
     the field, and nothing changes. A store that cannot answer raises ``UnavailableError`` or
     ``DeadlineExceededError``.

@@ -119,6 +119,17 @@ class TransactionContract(ContractSubject[T]):
                     await inside.count()
         assert await self.make_repository(session).count() == 0
 
+    async def test_a_failed_bulk_write_dooms_its_transaction_too(self, session: DatabaseSession) -> None:
+        with pytest.raises(RuntimeError, match="DuplicateKeyError"):
+            async with session.transaction() as unit:
+                inside = self.make_repository(unit)
+                [stored] = await self.added(inside, 1)
+                with pytest.raises(DuplicateKeyError):
+                    await inside.add_many([self.make_entity(2), self._twin(stored)])
+                with pytest.raises(RuntimeError, match="DuplicateKeyError"):
+                    await inside.count()
+        assert await self.make_repository(session).count() == 0
+
     async def test_a_failed_statement_in_a_savepoint_dooms_only_that(self, session: DatabaseSession) -> None:
         async with session.transaction() as unit:
             inside = self.make_repository(unit)

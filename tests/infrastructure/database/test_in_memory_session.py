@@ -1,6 +1,5 @@
 """What an in-memory session promises beyond the repository contract: isolation, locks, references, its own state."""
 
-
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator

@@ -188,6 +188,13 @@ class Transaction(DatabaseSession):
         """Return a context whose statements are undone together if it ends with an exception."""
 
     @abstractmethod
+    def all_or_none(self) -> AbstractAsyncContextManager[None]:
+        """Return a context for one write of many statements: undone together if the write is refused halfway.
+
+        For repositories: other than with ``savepoint``, a failed statement dooms the transaction as it does alone.
+        """
+
+    @abstractmethod
     async def rollback(self) -> None:
         """Leave without keeping anything; statements after this raise ``RuntimeError``."""
 

@@ -111,6 +111,12 @@ class SQLAlchemySession(DatabaseSession):
                 f"pip install 'fastapi-building-blocks[{_EXTRAS.get(driver, self.dialect.installs)}]'",
                 name=error.name,
             ) from error
+        except ImportError as error:
+            raise ImportError(
+                f"the driver {self._url.get_driver_name()} is installed, but a library of the system that it needs is "
+                f"not ({error}); for SQL Server install unixODBC and an ODBC driver",
+                name=error.name,
+            ) from error
         adapt_dialect(self._engine.dialect)
         self.dialect.prepare(self._engine)
         self._pool: ConnectionPool = self._engine.sync_engine.pool  # type: ignore[assignment]

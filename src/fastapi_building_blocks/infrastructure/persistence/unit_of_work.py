@@ -285,6 +285,9 @@ class UnitOfWork(Transaction):
     def savepoint(self) -> AbstractAsyncContextManager[None]:
         return self._outer.savepoint() if self._outer is not None else _Savepoint(self)
 
+    def all_or_none(self) -> AbstractAsyncContextManager[None]:
+        return self._outer.all_or_none() if self._outer is not None else _Savepoint(self, forgives=False)
+
     def on_commit(self, callback: Hook) -> None:
         self._check_open()
         if self._outer is not None:
@@ -298,10 +301,14 @@ class _Undo(Exception):  # noqa: N818 - a signal, never seen by a caller
 
 
 class _Savepoint:
-    """Undo what happened inside if it ends with an exception, hooks included."""
+    """Undo what happened inside if it ends with an exception, hooks included.
 
-    def __init__(self, unit: UnitOfWork) -> None:
+    Where it does not forgive, a failed statement dooms what surrounds it as well.
+    """
+
+    def __init__(self, unit: UnitOfWork, *, forgives: bool = True) -> None:
         self._unit = unit
+        self._forgives = forgives
         self._name = ""
         self._hooks = 0
 
@@ -332,7 +339,7 @@ class _Savepoint:
             await self._send(unit._backend.release_savepoint)
             return
         del unit._hooks[self._hooks :]
-        if unit._whole_unit_failed:
+        if unit._whole_unit_failed or (failed and not self._forgives):
             if error is None:
                 raise unit._doomed("nothing will be kept")
             return

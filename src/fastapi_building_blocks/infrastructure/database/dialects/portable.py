@@ -24,6 +24,9 @@ _ESCAPE = "\\"
 _LIKE_SPECIALS = str.maketrans({"\\": r"\\", "%": r"\%", "_": r"\_"})
 
 
+_ISOLATION_LEVELS = frozenset({"READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT"})
+
+
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """Seconds; None: no bound."""
@@ -280,11 +283,14 @@ class PortableDialect:
         """Return the isolation level as SQL spells it, or None for the default.
 
         Raises:
-            UnsupportedOperationError: the database has no such level.
+            ValueError: there is no such level at all.
+            UnsupportedOperationError: the database does not have it.
         """
         if isolation is None:
             return None
         level = isolation.upper().replace("_", " ")
+        if level not in _ISOLATION_LEVELS:
+            raise ValueError(f"isolation is one of {', '.join(sorted(_ISOLATION_LEVELS))}, not {isolation!r}")
         if level not in self.isolation_levels:
             raise UnsupportedOperationError(f"{self.name} has no isolation level {isolation!r}")
         return level

@@ -321,8 +321,10 @@ class DeclaredRepository(Repository[T]):
             if isinstance(self._declaration.table.columns[key.field].type, sa.JSON):
                 raise InvalidQueryError(f"{key.field}: a JSON field has no order", fields=(key.field,))
             order.setdefault(key.field, key)
+        # In the direction of the last key: an index on that, with the primary key behind it, then answers both.
+        descending = bool(order) and next(reversed(order.values())).descending
         for name in self._declaration.key:
-            order.setdefault(name, Sort(name))
+            order.setdefault(name, Sort(name, descending))
         return tuple(order.values())
 
     def _require_field(self, name: str) -> None:

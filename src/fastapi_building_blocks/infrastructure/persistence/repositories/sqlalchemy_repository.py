@@ -483,7 +483,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         batch = [prepare(entity) for entity in islice(remaining, _BATCH)]
         if not batch:
             return 0
-        async with self._atomic() as unit, unit.savepoint() if self._session.in_transaction else _nothing():
+        async with self._atomic() as unit, unit.all_or_none() if self._session.in_transaction else _nothing():
             while batch:
                 await write(unit, batch)
                 done += len(batch)
