@@ -543,7 +543,7 @@ def show_missing(walk: Walk) -> None:
     walk.send("An unknown id", "GET", nobody, expect=404, code="not_found")
     walk.send("Changing it", "PATCH", nobody, body={"bio": "x"}, expect=404, code="not_found")
     walk.send("Deleting it", "DELETE", nobody, expect=404, code="not_found")
-    walk.send("No id at all", "GET", f"{USERS}42", expect=400, names="user_id")
+    walk.send("No id at all", "GET", f"{USERS}42", expect=400, names="id")
     walk.send("An unknown username", "GET", f"{USERS}by_username/nobody", expect=404, code="not_found")
     walk.send("An unknown path", "GET", "/api/v1/shoes/", expect=404)
     walk.send("A method that is not there", "PUT", USERS, body={}, expect=405)

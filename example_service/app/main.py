@@ -8,10 +8,10 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from example_service.app.api.v1 import users
-from example_service.app.core.config import get_database_settings, get_settings
+from example_service.app.core.config import get_settings
 from example_service.app.core.database import get_db
 from fastapi_building_blocks.api import (
     RequestIdMiddleware,
@@ -20,21 +20,35 @@ from fastapi_building_blocks.api import (
     install_problem_details,
 )
 from fastapi_building_blocks.domain import BuildingBlocksError
-from fastapi_building_blocks.infrastructure import DatabaseSession, SQLAlchemySession
+from fastapi_building_blocks.infrastructure import DatabaseSession, DatabaseSettings, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.migrations import upgrade
 
 logger = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
+
+class WithoutQuery(logging.Filter):
+    """Keeps what clients search for out of the access log: e-mail addresses, say."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(value.partition("?")[0] if isinstance(value, str) else value for value in record.args)
+        return True
+
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "filters": {"request_id": {"()": "fastapi_building_blocks.api.RequestIdFilter"}},
+    "filters": {
+        "request_id": {"()": "fastapi_building_blocks.api.RequestIdFilter"},
+        "without_query": {"()": WithoutQuery},
+    },
     "formatters": {"line": {"format": "%(asctime)s %(levelname)-7s [%(request_id)s] %(name)s: %(message)s"}},
     "handlers": {
         "stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["request_id"]},
     },
+    "loggers": {"uvicorn.access": {"filters": ["without_query"]}},
     "root": {"level": "INFO", "handlers": ["stderr"]},
 }
 
@@ -66,8 +80,8 @@ async def serve(app: FastAPI, session: SQLAlchemySession) -> None:
     settings = get_settings()
     async with session:
         logger.info("migrating %r", session)
-        await upgrade(get_database_settings().url, MIGRATIONS)
-    await uvicorn.Server(uvicorn.Config(app, settings.host, settings.port, log_config=None)).serve()
+        await upgrade(session, MIGRATIONS)
+        await uvicorn.Server(uvicorn.Config(app, settings.host, settings.port, log_config=None)).serve()
 
 
 def main() -> int:
@@ -78,13 +92,29 @@ def main() -> int:
         asyncio.run(serve(create_app(), session))
     except KeyboardInterrupt:
         return 130  # what a shell answers for Ctrl-C; everything in flight has ended
-    except (ValidationError, ValueError, ModuleNotFoundError) as error:
-        logger.error("the settings are wrong: %s", error)  # noqa: TRY400 - a sentence, not a stack
+    except ValidationError as error:
+        logger.error("the settings are wrong: %s", _named_as_set(error))  # noqa: TRY400 - a sentence, not a stack
         return 2
+    except (ValueError, ImportError) as error:
+        logger.error("the settings are wrong: %s", error)  # noqa: TRY400
+        return 2
+    except DBAPIError as error:
+        # The driver's own first line: SQLAlchemy adds the statement, and PostgreSQL the values in further lines.
+        said = str(error.orig).partition("\n")[0]
+        logger.error("cannot start: the database refused the migration: %s", said)  # noqa: TRY400
+        return 1
     except (BuildingBlocksError, SQLAlchemyError) as error:
         logger.error("cannot start: %s", error)  # noqa: TRY400
         return 1
     return 0
+
+
+def _named_as_set(error: ValidationError) -> str:
+    """Say what is wrong with which environment variable."""
+    prefix = DatabaseSettings.model_config.get("env_prefix", "") if error.title == DatabaseSettings.__name__ else ""
+    return "; ".join(
+        f"{prefix}{'_'.join(map(str, problem['loc']))}".upper() + f": {problem['msg']}" for problem in error.errors()
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from fastapi_building_blocks.api import (
     IfMatchVersion,
     etag_of,
     if_match_version,
+    if_match_versions,
     install_problem_details,
     is_not_modified,
 )
@@ -47,6 +48,21 @@ def test_an_etag_is_strong_and_quoted() -> None:
 )
 def test_if_match_gives_the_expected_version(values: list[str], expected: int | None) -> None:
     assert if_match_version(request("if-match", *values)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], None),
+        (["*"], None),
+        (['"3"'], {3}),
+        (['"1", "5"', '"7"'], {1, 5, 7}),
+        (['W/"3", "x", "9223372036854775808"'], set()),
+        (['W/"3", "2"'], {2}),
+    ],
+)
+def test_if_match_lists_every_version_that_could_match(values: list[str], expected: set[int] | None) -> None:
+    assert if_match_versions(request("if-match", *values)) == expected
 
 
 @pytest.mark.parametrize("value", ["3", '"3', "", ",", '"3" "4"', 'w/"3"', "*, *", '"a b"', "'3'"])

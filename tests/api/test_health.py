@@ -40,6 +40,13 @@ def test_a_healthy_service_is_ok(path: str) -> None:
         assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
+@pytest.mark.parametrize(("session", "ready"), [(InMemorySession(), 200), (LostSession(), 503)])
+def test_head_is_answered_like_get(session: InMemorySession, ready: int) -> None:
+    with client_of(session) as client:
+        for path, status in (("/health", 200), ("/health/live", 200), ("/health/ready", ready)):
+            assert client.head(path).status_code == status
+
+
 @pytest.mark.parametrize("session", [LostSession(), FrozenSession()])
 def test_without_its_database_a_service_lives_but_is_not_ready(session: InMemorySession) -> None:
     with client_of(session) as client:

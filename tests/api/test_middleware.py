@@ -2,12 +2,20 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+import httpx2
 import pytest
 from fastapi import FastAPI, Request, WebSocket
 from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
-from fastapi_building_blocks.api import RequestIdFilter, RequestIdMiddleware, request_id
+from fastapi_building_blocks.api import (
+    BodyLimitMiddleware,
+    RequestIdFilter,
+    RequestIdMiddleware,
+    install_problem_details,
+    request_id,
+)
+from tests.api.serving import serving
 
 
 @pytest.fixture
@@ -99,3 +107,66 @@ def test_log_records_carry_the_request_id(app: FastAPI, caplog: pytest.LogCaptur
 
 def test_outside_of_a_request_there_is_no_id() -> None:
     assert request_id() is None
+
+
+@pytest.fixture
+def limited() -> FastAPI:
+    app = FastAPI()
+    install_problem_details(app)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=1000)
+    app.add_middleware(RequestIdMiddleware)
+
+    @app.post("/")
+    async def count(body: list[int]) -> int:
+        return len(body)
+
+    @app.post("/raw")
+    async def raw(request: Request) -> int:
+        return len(await request.body())
+
+    @app.post("/unread")
+    async def unread() -> None:
+        pass
+
+    @app.websocket("/socket")
+    async def socket(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_text(str(len(await websocket.receive_text())))
+        await websocket.close()
+
+    return app
+
+
+async def in_chunks(size: int) -> AsyncIterator[bytes]:
+    for start in range(0, size, 300):
+        yield b" " * min(300, size - start)
+
+
+@pytest.mark.parametrize("path", ["/raw", "/"])
+async def test_a_body_over_the_limit_is_a_413_problem_with_or_without_its_length(limited: FastAPI, path: str) -> None:
+    async with serving(limited) as url, httpx2.AsyncClient(base_url=url) as client:
+        for content in (b" " * 1001, in_chunks(1001)):
+            response = await client.post(path, content=content, headers={"X-Request-ID": "b1"})
+            problem = response.json()
+            assert (response.status_code, problem["code"], problem["status"]) == (413, "content_too_large", 413)
+            assert response.headers["content-type"] == "application/problem+json"
+            assert problem["request_id"] == "b1"
+
+
+async def test_a_body_of_the_limit_passes(limited: FastAPI) -> None:
+    async with serving(limited) as url, httpx2.AsyncClient(base_url=url) as client:
+        for content in (b" " * 1000, in_chunks(1000), b""):
+            assert (await client.post("/raw", content=content)).status_code == 200
+        assert (await client.post("/", json=[1] * 300)).json() == 300
+
+
+async def test_a_length_over_the_limit_is_refused_unread(limited: FastAPI) -> None:
+    for length in (b"1001", b"0" * 5000 + b"1001", b"9" * 5000):
+        response = TestClient(limited).post("/unread", headers=[(b"content-length", length)])
+        assert response.status_code == 413
+
+
+def test_the_limit_leaves_websockets_alone(limited: FastAPI) -> None:
+    with TestClient(limited).websocket_connect("/socket") as websocket:
+        websocket.send_text("x" * 2000)
+        assert websocket.receive_text() == "2000"

@@ -1,5 +1,6 @@
 import json
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -357,6 +358,43 @@ def test_5xx_of_the_tree_are_logged_without_a_stack(caplog: pytest.LogCaptureFix
     (record,) = caplog.records
     assert "pool_timeout" in record.getMessage()
     assert record.exc_info is None
+
+
+class DriverError(Exception):
+    sqlstate = "42703"
+
+
+def test_a_500_of_the_tree_is_logged_with_its_origin_and_without_what_the_driver_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = FastAPI()
+    install_problem_details(app)
+
+    def where_it_began(cause: Exception) -> None:
+        raise cause
+
+    @app.get("/{number}")
+    async def fail(number: int) -> None:
+        causes = [DriverError("password=hunter2"), RuntimeError(1054, "password=hunter2"), sqlite3.DataError()]
+        try:
+            where_it_began(causes[number])
+        except Exception as cause:
+            raise domain.BuildingBlocksError("the database refused the statement") from cause
+
+    for number, origin in enumerate(["DriverError 42703", "builtins.RuntimeError 1054", "sqlite3.DataError"]):
+        caplog.clear()
+        response = TestClient(app).get(f"/{number}")
+        assert response.status_code == 500
+        assert origin not in response.text
+        (record,) = caplog.records
+        logged = record.getMessage()
+        assert record.levelno == logging.ERROR
+        assert f"GET /{number} (request -)" in logged
+        assert "the database refused the statement" in logged
+        assert origin in logged
+        assert "in where_it_began" in logged
+        assert logged.index(origin) < logged.index("domain.errors.BuildingBlocksError")
+        assert "hunter2" not in caplog.text
 
 
 def test_a_domain_error_refuses_a_websocket_and_closes_an_accepted_one() -> None:

@@ -5,9 +5,12 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,8 @@ def run(**environment: str) -> subprocess.CompletedProcess[str]:
         ("nonsense", "the database URL is not one that SQLAlchemy knows"),
         ("mongodb://user:hunter2@host/name", "the database URL is not one that SQLAlchemy knows"),
         ("postgresql://user:hunter2@host/name", "asyncpg"),
+        ("postgresql+asyncpg://user:top@hunter2@127.0.0.1/name", "percent-encode the user and password in the URL"),
+        ("mysql+aiomysql://user:hunter2@127.0.0.1/", "names no database"),
     ],
 )
 def test_a_wrong_url_is_said_in_a_line(url: str, said: str):
@@ -51,7 +56,8 @@ def test_a_wrong_url_is_said_in_a_line(url: str, said: str):
 def test_a_wrong_setting_is_said_by_name(setting: dict[str, str], tmp_path: Path):
     done = run(DATABASE_URL=f"sqlite+aiosqlite:///{tmp_path}/x.db", **setting)
     assert done.returncode == 2
-    assert next(iter(setting)).lower().removeprefix("database_") in done.stderr
+    assert f"the settings are wrong: {next(iter(setting))}: " in done.stderr
+    assert "https://" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -85,6 +91,49 @@ def test_the_command_migrates_serves_and_ends_on_sigterm(database_url: str, tmp_
     assert re.search(r'INFO +\[the-id-of-this-test\] .*"POST /api/v1/users/ HTTP/1.1" 201', line)
     assert "Traceback" not in logged
     assert "ERROR" not in logged
+
+
+def test_processes_that_start_at_once_on_an_empty_database_are_all_ready(database_url: str, tmp_path: Path):
+    with ExitStack() as services, ThreadPoolExecutor(4) as starting:
+        logs = [tmp_path / f"log {number}" for number in range(4)]
+        entering = [
+            starting.submit(services.enter_context, running_service(database_url, free_port(), log)) for log in logs
+        ]
+        for entered in entering:
+            assert entered.result(120).poll() is None
+    for log in logs:
+        assert "ERROR" not in log.read_text()
+
+
+def test_a_database_in_memory_is_migrated_and_served(tmp_path: Path):
+    port = free_port()
+    with (
+        running_service("sqlite+aiosqlite:///:memory:", port, tmp_path / "log"),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/users/") as response,
+    ):
+        assert json.load(response)["items"] == []
+
+
+def test_what_clients_search_for_is_not_logged(sqlite_url: str, tmp_path: Path):
+    port, log = free_port(), tmp_path / "log"
+    with (
+        running_service(sqlite_url, port, log),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/users/?search=alice%40test.com") as response,
+    ):
+        assert response.status == 200
+    assert '"GET /api/v1/users/ HTTP/1.1" 200' in log.read_text()
+    assert "alice" not in log.read_text()
+
+
+def test_a_refused_migration_is_said_without_its_sql(tmp_path: Path):
+    file = tmp_path / "taken.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE users (id INTEGER)")
+    done = run(DATABASE_URL=f"sqlite+aiosqlite:///{file}")
+    assert done.returncode == 1
+    assert "the database refused the migration: table users already exists" in done.stderr
+    assert "CREATE TABLE" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_ends_it_without_a_stack(sqlite_url: str, tmp_path: Path):

@@ -137,6 +137,17 @@ def test_what_the_compose_file_refers_to_exists(compose):
         assert (ROOT / source).is_file() if source.startswith(".") else source in compose["volumes"]
 
 
+def test_the_image_keeps_its_database_where_its_user_may_write():
+    lines = (SERVICE / "Dockerfile").read_text().splitlines()
+    (variables,) = (line for line in lines if line.startswith("ENV HOST"))
+    (made,) = (line for line in lines if "install --directory" in line)
+    settings = dict(pair.split("=", 1) for pair in variables.split()[1:])
+    database = Path(sa.make_url(settings["DATABASE_URL"]).database or "")
+    assert database.is_absolute()
+    assert made.endswith(f"--owner service {database.parent}")
+    assert lines.index(made) < lines.index("USER service")
+
+
 def test_what_the_image_copies_is_in_its_context():
     """.dockerignore keeps everything out that is not named."""
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}

@@ -20,7 +20,7 @@ async def change_user(users: Repository[User], id: UUID, changes: Mapping[str, A
     Raises:
         NotFoundError: there is no such user.
         StaleVersionError: the user is no longer at that version.
-        DuplicateKeyError: the new e-mail or username is taken.
+        DuplicateKeyError: the new e-mail or username is taken; where both are, which one it names is up to the database.
     """
     values = dict(changes)
     if "email" in values:

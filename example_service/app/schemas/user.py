@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import MISSING, BaseModel, ConfigDict, EmailStr, Field, StrictBool, StringConstraints
+from pydantic import MISSING, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field, StrictBool, StringConstraints
 
 from example_service.app.application.register_user import RegisterUser
 from example_service.app.domain.user import UserStatus
@@ -12,13 +12,29 @@ from example_service.app.domain.user import UserStatus
 # NUL cannot be stored as text everywhere, so it is refused everywhere.
 _WITHOUT_NUL = r"^[^\x00]*$"
 
+
+def _without_display_name(address: object) -> object:
+    # EmailStr takes "Alice <alice@test.com>" and drops the name.
+    if isinstance(address, str) and "<" in address:
+        raise ValueError("only the address, without a name")
+    return address
+
+
 Email = Annotated[
-    EmailStr, Field(max_length=254, description="Unique, kept in lower case", examples=["alice@test.com"])
+    EmailStr,
+    BeforeValidator(_without_display_name),
+    Field(max_length=254, description="Unique, kept in lower case", examples=["alice@test.com"]),
 ]
 Username = Annotated[
     str,
     StringConstraints(min_length=3, max_length=50, pattern=r"^[a-zA-Z0-9_-]+$"),
     Field(description="Unique, case-sensitive", examples=["alice"]),
+]
+# Who looks a name up gets "no such user" for one that nobody can have, not a lesson on names.
+LookedUpUsername = Annotated[
+    str,
+    StringConstraints(max_length=255, pattern=_WITHOUT_NUL),
+    Field(description="Case-sensitive", examples=["alice"]),
 ]
 GivenName = Annotated[str, StringConstraints(max_length=50, pattern=_WITHOUT_NUL)]
 FullName = Annotated[str, StringConstraints(max_length=100, pattern=_WITHOUT_NUL)]
@@ -51,7 +67,10 @@ class UserCreate(BaseModel):
 
 
 class UserUpdate(BaseModel):
-    """Changes to a user: an absent field is left alone, an explicit null is written."""
+    """Changes to a user: an absent field is left alone, an explicit null is written.
+
+    The full name is joined once, at registration: a change of the first or the last name does not change it.
+    """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"minProperties": 1})
 
@@ -96,5 +115,5 @@ class Credentials(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    username: Username
-    password: Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=_WITHOUT_NUL), Field(repr=False)]
+    username: LookedUpUsername
+    password: Annotated[str, StringConstraints(max_length=1024, pattern=_WITHOUT_NUL), Field(repr=False)]

@@ -1,17 +1,27 @@
 """FastAPI on top of the data layer: problems, lists, units of work, health, request ids, conditional requests."""
 
-from .conditional_requests import NO_VERSION, IfMatchVersion, etag_of, if_match_version, is_not_modified
+from .conditional_requests import (
+    NO_VERSION,
+    IfMatchVersion,
+    IfMatchVersions,
+    etag_of,
+    if_match_version,
+    if_match_versions,
+    is_not_modified,
+)
 from .dependencies import database, database_lifespan, unit_of_work
 from .health import health_router
-from .middleware import RequestIdFilter, RequestIdMiddleware, request_id
+from .middleware import BodyLimitMiddleware, RequestIdFilter, RequestIdMiddleware, request_id
 from .page_responses import CursorPageResponse, PageResponse
 from .problem_details import ProblemDetails, install_problem_details, problem_response, problem_responses
 from .query_parameters import ListQuery, list_query
 
 __all__ = [
     "NO_VERSION",
+    "BodyLimitMiddleware",
     "CursorPageResponse",
     "IfMatchVersion",
+    "IfMatchVersions",
     "ListQuery",
     "PageResponse",
     "ProblemDetails",
@@ -22,6 +32,7 @@ __all__ = [
     "etag_of",
     "health_router",
     "if_match_version",
+    "if_match_versions",
     "install_problem_details",
     "is_not_modified",
     "list_query",

@@ -1,7 +1,8 @@
 """Conditional requests (RFC 9110, section 13) on entities with a version."""
 
 import re
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Generic, TypeVar
 
 from fastapi import Depends
 from starlette.requests import Request
@@ -29,8 +30,20 @@ def if_match_version(request: Request) -> int | None:
     """Return the version that ``If-Match`` expects, for ``patch`` or ``update``; None: any version will do.
 
     The comparison is strong, so a weak tag, like one that is no version, never matches: that is ``NO_VERSION``, and
-    the repository answers ``StaleVersionError`` (412). Of several versions the newest counts: a client that lists
-    older ones as well has to read again where RFC 9110 would let it pass, and can never overwrite a change.
+    the repository answers ``StaleVersionError`` (412). Of several versions the newest counts; a service that lets
+    any of them pass, as RFC 9110 has it, takes ``if_match_versions`` and picks the current one.
+
+    Raises:
+        InvalidInputError: the header is malformed.
+    """
+    versions = if_match_versions(request)
+    return None if versions is None else max(versions, default=NO_VERSION)
+
+
+def if_match_versions(request: Request) -> frozenset[int] | None:
+    """Return the versions that ``If-Match`` lists, any of which may be the current one; None: any version will do.
+
+    Tags that cannot match are left out: an empty set lets no version pass.
 
     Raises:
         InvalidInputError: the header is malformed.
@@ -43,8 +56,8 @@ def if_match_version(request: Request) -> int | None:
         return None
     if not _TAGS.fullmatch(header):
         raise InvalidInputError('If-Match: expected entity tags such as "3", or *', fields=("If-Match",))
-    versions = [int(found[1]) for tag in _EACH_TAG.findall(header) if (found := _VERSION.fullmatch(tag))]
-    return max((version for version in versions if version <= _LARGEST), default=NO_VERSION)
+    versions = (int(found[1]) for tag in _EACH_TAG.findall(header) if (found := _VERSION.fullmatch(tag)))
+    return frozenset(version for version in versions if version <= _LARGEST)
 
 
 def is_not_modified(request: Request, etag: str) -> bool:
@@ -60,10 +73,14 @@ def is_not_modified(request: Request, etag: str) -> bool:
     return etag.removeprefix("W/") in {tag.removeprefix("W/") for tag in _EACH_TAG.findall(header)}
 
 
-class _IfMatch:
-    """``if_match_version`` as a dependency."""
+T = TypeVar("T")
 
-    def __init__(self) -> None:
+
+class _IfMatch(Generic[T]):
+    """A reader of ``If-Match`` as a dependency."""
+
+    def __init__(self, read: Callable[[Request], T]) -> None:
+        self._read = read
         self.openapi_parameters = [
             {
                 "name": "If-Match",
@@ -74,9 +91,12 @@ class _IfMatch:
             }
         ]
 
-    async def __call__(self, request: Request) -> int | None:
-        return if_match_version(request)
+    async def __call__(self, request: Request) -> T:
+        return self._read(request)
 
 
-IfMatchVersion = Annotated[int | None, Depends(_IfMatch())]
+IfMatchVersion = Annotated[int | None, Depends(_IfMatch(if_match_version))]
 """``if_match_version`` as a parameter of an endpoint, with the header in the OpenAPI document."""
+
+IfMatchVersions = Annotated[frozenset[int] | None, Depends(_IfMatch(if_match_versions))]
+"""``if_match_versions`` as a parameter of an endpoint, with the header in the OpenAPI document."""

@@ -29,7 +29,7 @@ def health_router(session: DatabaseSession, *, deadline: float = 1.0) -> APIRout
     """Return the router of ``/health``, ``/health/live`` and ``/health/ready``.
 
     The first two answer 200 as long as the process does, database or not: restarting a service does not mend its
-    database. ``/health/ready`` answers 503 until the database does.
+    database. ``/health/ready`` answers 503 until the database does. HEAD is answered like GET, without the body.
 
     Args:
         deadline: seconds that the database has to answer.
@@ -38,11 +38,14 @@ def health_router(session: DatabaseSession, *, deadline: float = 1.0) -> APIRout
 
     @router.get("/health")
     @router.get("/health/live")
+    @router.head("/health", include_in_schema=False)
+    @router.head("/health/live", include_in_schema=False)
     async def live() -> Health:
         """Tell that the process lives, whatever its database does."""
         return _OK
 
     @router.get("/health/ready", responses=problem_responses(503), response_model=Health)
+    @router.head("/health/ready", response_model=Health, include_in_schema=False)
     async def ready(request: Request) -> Health | Response:
         """Tell whether the database answers."""
         reason = await _unready(session, deadline)

@@ -1,13 +1,18 @@
-"""The request id: accepted or made, in the answer, in logs and in problems."""
+"""What every request passes: its id, in the answer, in logs and in problems; a limit to its body."""
 
 import logging
 import re
 import uuid
 from contextvars import ContextVar
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .problem_details import problem_response
+
 _HEADER = b"x-request-id"
+_LONGEST_LENGTH = 19  # digits
 _SANE = re.compile(rb"[\x21-\x7e]{1,128}")
 _ANSWERS = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 
@@ -50,6 +55,45 @@ class RequestIdMiddleware:
             await self.app(scope, receive, send_with_id)
         finally:
             _request_id.reset(token)
+
+
+class BodyLimitMiddleware:
+    """Refuse longer bodies with a 413 problem: ``app.add_middleware(BodyLimitMiddleware)``.
+
+    Where ``Content-Length`` says so, nothing is read. A body without it (chunked) is counted as the endpoint reads
+    it, and breaks off with an ``HTTPException`` that ``install_problem_details`` answers.
+
+    Args:
+        max_bytes: what a body may have at most, in bytes.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int = 1_048_576) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        detail = f"the body is longer than {self.max_bytes} bytes"
+        if any(name == b"content-length" and self._is_too_long(value) for name, value in scope["headers"]):
+            await problem_response(Request(scope), 413, detail)(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413, detail)
+            return message
+
+        await self.app(scope, receive_within_limit, send)
+
+    def _is_too_long(self, length: bytes) -> bool:
+        digits = length.lstrip(b"0")
+        return digits.isdigit() and (len(digits) > _LONGEST_LENGTH or int(digits) > self.max_bytes)
 
 
 class RequestIdFilter(logging.Filter):

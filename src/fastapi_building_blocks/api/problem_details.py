@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import traceback
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -58,6 +59,7 @@ _PHRASES = {
 _INTERNAL = "internal"
 _UNEXPECTED = "An unexpected error occurred."
 _MOST_ERRORS = 100
+_MOST_CAUSES = 10
 _LONGEST_FIELD = 200
 _LONGEST_MESSAGE = 500
 _WEBSOCKET_INTERNAL_ERROR = 1011
@@ -158,7 +160,9 @@ def install_problem_details(app: FastAPI) -> None:
 async def _domain_error(connection: HTTPConnection, error: Exception) -> Response | None:
     assert isinstance(error, BuildingBlocksError)  # noqa: S101 - how the handler is registered
     status = status_of(error, connection)
-    if status >= 500:
+    if status == 500:
+        logger.error("%s answered with 500 %s: %r\n%s", _where(connection), error.code, error.detail, _origin(error))
+    elif status > 500:
         logger.warning("%s answered with %d %s: %r", _where(connection), status, error.code, error.detail)
     if isinstance(connection, WebSocket) and connection.application_state is WebSocketState.CONNECTED:
         await connection.close(_WEBSOCKET_INTERNAL_ERROR, error.code)
@@ -237,6 +241,25 @@ def _where(connection: HTTPConnection) -> str:
     scope = connection.scope
     identity = scope.get("state", {}).get("request_id") or "-"
     return f"{scope.get('method', 'WEBSOCKET')} {quote(scope['path'], errors='replace')} (request {identity})"
+
+
+def _origin(error: BaseException) -> str:
+    """Return the stacks of an error and its causes, the origin first, without their messages: those hold values."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(parts) < _MOST_CAUSES:
+        kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
+        parts.append("".join(traceback.format_tb(cause.__traceback__)) + f"{kind} {_driver_code(cause)}".rstrip())
+        cause = cause.__cause__
+    return "\n\n".join(reversed(parts))
+
+
+def _driver_code(error: BaseException) -> str:
+    """Return the SQLSTATE or number under which the manuals of drivers and databases list an error, or nothing."""
+    for name in ("sqlstate", "sqlite_errorname"):
+        if isinstance(code := getattr(error, name, None), str):
+            return code
+    return next((str(first) for first in error.args[:1] if type(first) is int), "")
 
 
 def _phrase(status: int) -> str:

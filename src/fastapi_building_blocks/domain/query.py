@@ -7,6 +7,7 @@ false, so neither it nor its negation matches. ``field("age") == None`` therefor
 
 import base64
 import binascii
+import dataclasses
 import enum
 import hashlib
 import json
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
 from uuid import UUID
 
 from .errors import InvalidQueryError
@@ -26,6 +27,11 @@ CountMode = Literal["exact", "capped", "estimated", "none"]
 
 _LARGEST_LIMIT = 2**31 - 1
 _LARGEST_OFFSET = 2**63 - 1
+_DEEPEST_CRITERION = 64
+# SQLite takes expressions of 1,000 levels, and a chain of ORs is as deep as it is long.
+_MOST_COMPARISONS = 900
+MOST_VALUES = 10_000
+"""How many values the criteria of one call may name together."""
 
 
 class Operator(enum.StrEnum):
@@ -50,18 +56,59 @@ class Criterion:
     """A condition on an entity, combined with ``&``, ``|`` and ``~``."""
 
     __slots__ = ()
+    extent: "Extent"
 
     def __and__(self, other: "Criterion") -> "Criterion":
-        return And((self, _criterion(other)))
+        return And((*_parts(self, And), *_parts(_criterion(other), And)))
 
     def __or__(self, other: "Criterion") -> "Criterion":
-        return Or((self, _criterion(other)))
+        return Or((*_parts(self, Or), *_parts(_criterion(other), Or)))
 
     def __invert__(self) -> "Criterion":
-        return Not(self)
+        return self.part if isinstance(self, Not) else Not(self)
 
     def __bool__(self) -> NoReturn:
         raise TypeError("a criterion has no truth value of its own: combine with & | ~, not with and, or, not")
+
+
+class Extent(NamedTuple):
+    """How large a criterion is."""
+
+    depth: int
+    comparisons: int
+    values: int
+
+
+def _parts(criterion: Criterion, kind: "type[And | Or]") -> tuple[Criterion, ...]:
+    """Return what a criterion combines, so that a chain stays flat however long it grows."""
+    return criterion.parts if isinstance(criterion, kind) else (criterion,)
+
+
+def extent_of(criteria: Iterable[Any], depth: int = 0) -> Extent:
+    """Return how large criteria are together.
+
+    Args:
+        criteria: what a call was given; what is none of the vocabulary does not count.
+        depth: the levels of what combines them.
+
+    Raises:
+        InvalidQueryError: larger than every database takes.
+    """
+    comparisons = values = 0
+    deepest = depth
+    for criterion in criteria:
+        if isinstance(criterion, Criterion):
+            extent = criterion.extent
+            deepest = max(deepest, depth + extent.depth)
+            comparisons += extent.comparisons
+            values += extent.values
+    if deepest > _DEEPEST_CRITERION:
+        raise InvalidQueryError(f"criteria may be nested {_DEEPEST_CRITERION} levels deep")
+    if comparisons > _MOST_COMPARISONS:
+        raise InvalidQueryError(f"criteria may hold {_MOST_COMPARISONS} comparisons; is_in() takes a long list as one")
+    if values > MOST_VALUES:
+        raise InvalidQueryError(f"criteria may name {MOST_VALUES} values")
+    return Extent(deepest, comparisons, values)
 
 
 def _criterion(value: Any) -> Criterion:
@@ -78,12 +125,20 @@ class Comparison(Criterion):
     operator: Operator
     value: Any
 
+    @property
+    def extent(self) -> Extent:  # type: ignore[override]
+        return Extent(0, 1, len(self.value) if isinstance(self.value, tuple) else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class And(Criterion):
     """True where every part is."""
 
     parts: tuple[Criterion, ...]
+    extent: Extent = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "extent", extent_of(self.parts, depth=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +146,10 @@ class Or(Criterion):
     """True where at least one part is."""
 
     parts: tuple[Criterion, ...]
+    extent: Extent = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "extent", extent_of(self.parts, depth=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +157,10 @@ class Not(Criterion):
     """True where the part is false; unknown where it is unknown."""
 
     part: Criterion
+    extent: Extent = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "extent", extent_of((self.part,), depth=1))
 
 
 class Field:

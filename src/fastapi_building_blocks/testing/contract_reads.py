@@ -2,6 +2,8 @@
 
 import copy
 from contextlib import aclosing
+from functools import reduce
+from operator import and_, or_
 from typing import Any, TypeVar
 
 import pytest
@@ -186,6 +188,25 @@ class ReadContract(ContractSubject[T]):
             with pytest.raises(InvalidQueryError) as caught:
                 await repository.get_all(criterion)
             assert caught.value.fields == (name,)
+
+    async def test_long_criteria_are_answered_and_endless_ones_refused(self, repository: Repository[T]) -> None:
+        name = self.needs("number_field")
+        for number in range(3):
+            await repository.add(self.entity(number, **{name: number}))
+        assert await repository.count(reduce(or_, [field(name) == number for number in range(1, 500)])) == 2
+        assert await repository.count(reduce(and_, [field(name) != number for number in range(1, 500)])) == 1
+        assert await repository.count(reduce(lambda part, _: ~part, range(501), field(name) == 1)) == 2
+        assert await repository.count(field(name).is_in(range(1, 1000))) == 2
+        for endless in (
+            [field(name) == number for number in range(5000)],
+            [field(name).is_in(range(10_001))],
+            [field(name).is_in(range(6000)), field(name).not_in(range(6000))],
+        ):
+            with pytest.raises(InvalidQueryError):
+                await repository.count(*endless)
+            with pytest.raises(InvalidQueryError):
+                await repository.delete_where(*endless)
+        assert await repository.count() == 3
 
     # Order
 

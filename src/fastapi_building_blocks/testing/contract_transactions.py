@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 import pytest
 
 from fastapi_building_blocks.domain import (
+    ConstraintError,
     DuplicateKeyError,
     NotFoundError,
     Repository,
+    StaleVersionError,
     UnsupportedOperationError,
     field,
 )
@@ -151,6 +153,66 @@ class TransactionContract(ContractSubject[T]):
                 await inside.patch(unknown, self.another_value())
             await self.added(inside, 1)
         assert await repository.count() == 1
+
+    async def test_a_bulk_update_that_misses_one_is_undone_and_the_unit_goes_on(
+        self, session: DatabaseSession, repository: Repository[T]
+    ) -> None:
+        stored, gone = await self.added(repository, 1, 2)
+        await repository.including_deleted().delete(self.key_of(gone))
+        async with session.transaction() as unit:
+            inside = self.make_repository(unit)
+            with pytest.raises(NotFoundError):
+                await inside.update_many([self.change(stored, **self.another_value()), gone])
+            assert await inside.get(self.key_of(stored)) == stored
+            await self.added(inside, 3)
+        assert await repository.count() == 2
+
+    async def test_a_stale_bulk_update_is_undone_and_the_unit_goes_on(
+        self, session: DatabaseSession, repository: Repository[T]
+    ) -> None:
+        self.needs_column(repository, "version_column")
+        stored, stale = await self.added(repository, 1, 2)
+        await repository.patch(self.key_of(stale), self.another_value())
+        async with session.transaction() as unit:
+            inside = self.make_repository(unit)
+            with pytest.raises(StaleVersionError):
+                await inside.update_many([self.change(stored, **self.another_value()), stale])
+            assert await inside.get(self.key_of(stored)) == stored
+            await self.added(inside, 3)
+        assert await repository.count() == 3
+
+    async def test_a_null_that_the_store_refuses_dooms_its_transaction(
+        self, session: DatabaseSession, repository: Repository[T]
+    ) -> None:
+        name = self.needs("text_field")
+        [stored] = await self.added(repository, 1)
+        for write in ("patch", "update", "add", "update_many", "add_many"):
+            with pytest.raises(RuntimeError, match="ConstraintError"):
+                async with session.transaction() as unit:
+                    inside = self.make_repository(unit)
+                    null = self.change(self.make_entity(2) if "add" in write else stored, **{name: None})
+                    with pytest.raises(ConstraintError):
+                        if write == "patch":
+                            await inside.patch(self.key_of(stored), {name: None})
+                        else:
+                            await getattr(inside, write)([null] if "many" in write else null)
+                    with pytest.raises(RuntimeError, match="ConstraintError"):
+                        await inside.count()
+        assert await repository.get_all() == [stored]
+
+    async def test_a_refused_get_or_add_dooms_its_transaction(self, session: DatabaseSession) -> None:
+        name = self.needs("unique_field")
+        if None in [self.value(self.make_entity(1), key) for key in self.key_fields]:
+            pytest.skip("the key is generated")
+        with pytest.raises(RuntimeError, match="DuplicateKeyError"):
+            async with session.transaction() as unit:
+                inside = self.make_repository(unit)
+                [stored] = await self.added(inside, 1)
+                with pytest.raises(DuplicateKeyError):
+                    await inside.get_or_add(self.entity(2, **{name: self.value(stored, name)}))
+                with pytest.raises(RuntimeError, match="DuplicateKeyError"):
+                    await inside.count()
+        assert await self.make_repository(session).count() == 0
 
     async def test_after_rollback_statements_raise_and_leaving_is_quiet(self, session: DatabaseSession) -> None:
         async with session.transaction() as unit:

@@ -1,4 +1,7 @@
-"""Writes: what is stored is what was given, all of it or nothing, and of two racing writers none is lost."""
+"""Writes: what is stored is what was given, all of it or nothing, and of two racing writers none is lost.
+
+Every write is tested here and nowhere else, so that its promises are read in one place.
+"""
 
 import asyncio
 import copy
@@ -111,6 +114,32 @@ class WriteContract(ContractSubject[T]):
             stored = await repository.add(self.entity(number, **{name: text}))
             assert self.value(stored, name) == text
             assert self.value(await repository.get(self.key_of(stored)), name) == text
+
+    async def test_what_is_no_dict_of_fields_is_refused_before_anything_is_written(
+        self, repository: Repository[T]
+    ) -> None:
+        [stored] = await self.added(repository, 1)
+        key = self.key_of(stored)
+        for names in ({5: 1}, {None: 1}, {("a", "b"): 1}):
+            with pytest.raises(InvalidInputError):
+                await repository.patch(key, names)  # type: ignore[arg-type]
+            with pytest.raises(InvalidInputError):
+                await repository.update_where(names, everything=True)  # type: ignore[arg-type]
+        pairs: Any = list(self.another_value().items())
+        with pytest.raises(TypeError):
+            await repository.patch(key, pairs)
+        with pytest.raises(TypeError):
+            await repository.update_where(pairs, everything=True)
+        assert await repository.get_all() == [stored]
+
+    async def test_an_entity_without_a_key_cannot_be_updated(self, repository: Repository[T]) -> None:
+        [stored] = await self.added(repository, 1)
+        keyless = self.change(stored, **dict.fromkeys(self.key_fields))
+        for update in (repository.update(keyless), repository.update_many([keyless])):
+            with pytest.raises(InvalidInputError) as caught:
+                await update
+            assert caught.value.fields == self.key_fields
+        assert await repository.get_all() == [stored]
 
     # Bulk
 

@@ -159,6 +159,32 @@ async def test_an_unknown_isolation_level_is_refused(session: InMemorySession, a
         InMemorySession(lock_timeout=0)
 
 
+@pytest.mark.parametrize("isolation", [1, b"SERIALIZABLE", ["SERIALIZABLE"]])
+async def test_an_isolation_level_is_a_string(session: InMemorySession, isolation: Any) -> None:
+    with pytest.raises(TypeError, match="SERIALIZABLE"):
+        async with session.transaction(isolation):
+            pass
+
+
+@pytest.mark.parametrize("steps", range(5))
+async def test_t7_a_cancelled_call_leaves_no_transaction_behind(session: InMemorySession, steps: int) -> None:
+    async def in_a_unit() -> None:
+        async with session.transaction("REPEATABLE READ") as unit:
+            await Teams(unit).add(Team(2))
+
+    async def streamed() -> None:
+        async for _ in Teams(session).stream():
+            pass
+
+    for call in (Teams(session).count(), Teams(session).add(Team(1)), in_a_unit(), streamed()):
+        task = asyncio.create_task(call)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert session.pool_status().checked_out == 0
+
+
 async def test_a_cancelled_waiter_leaves_nothing_locked(session: InMemorySession) -> None:
     await Teams(session).add(Team(1))
     async with session.transaction() as unit:

@@ -14,6 +14,9 @@ from alembic.config import Config
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from fastapi_building_blocks.domain import UnavailableError
+from fastapi_building_blocks.infrastructure import SQLAlchemySession
+from fastapi_building_blocks.infrastructure.database.dialects.postgresql import PostgreSQLDialect
 from fastapi_building_blocks.infrastructure.database.migrations import downgrade, upgrade
 from tests.backends import run_apart
 
@@ -177,15 +180,63 @@ async def test_a_running_service_migrates_forth_and_back(database_url: str, tmp_
     assert sys.path == path
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_of_processes_that_migrate_an_sqlite_file_at_once_all_but_one_find_it_done(
+async def test_of_processes_that_migrate_an_empty_database_at_once_all_but_one_find_it_done(
     database_url: str, tmp_path: Path
 ):
     directory = write_environment(tmp_path, CREATE)
-    script = f"import asyncio; from {MODULE} import upgrade; asyncio.run(upgrade({database_url!r}, {str(directory)!r}))"
-    processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", script) for _ in range(4)]
-    assert [await process.wait() for process in processes] == [0, 0, 0, 0]
+    go = tmp_path / "go"
+    script = (
+        f"import asyncio, pathlib; from {MODULE} import upgrade\n"
+        f"print('ready', flush=True)\nwhile not pathlib.Path({str(go)!r}).exists(): pass\n"
+        f"asyncio.run(upgrade({database_url!r}, {str(directory)!r}))"
+    )
+    processes = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+        for _ in range(4)
+    ]
+    async with asyncio.timeout(60):
+        for process in processes:
+            assert process.stdout is not None
+            assert await process.stdout.readline() == b"ready\n"
+        go.touch()
+        assert [await process.wait() for process in processes] == [0, 0, 0, 0]
     assert await on_connection(database_url, tables) == {"things", "alembic_version"}
+
+
+async def test_who_waits_too_long_for_another_migration_is_told(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(f"{MODULE}._LOCK_WINDOW", 0.2)
+    directory = write_environment(tmp_path, CREATE)
+    lock = PostgreSQLDialect.migration_lock
+    engine = create_async_engine(postgres_url, poolclass=NullPool)
+    async with engine.connect() as other, asyncio.timeout(10):
+        assert await other.scalar(sa.text(lock or "")) == 1
+        with pytest.raises(UnavailableError, match="another process"):
+            await upgrade(postgres_url, directory)
+
+
+async def test_a_database_in_memory_is_migrated_on_its_own_sessions_connection(tmp_path: Path):
+    fill = "op.execute(\"INSERT INTO things (id, name) VALUES (1, 'one')\")"
+    alter = "\n    with op.batch_alter_table('things') as batch:\n        batch.drop_column('name')"
+    directory = write_environment(tmp_path, CREATE, fill, alter)
+    async with SQLAlchemySession("sqlite+aiosqlite:///:memory:") as session:
+        await upgrade(session, directory)
+        await upgrade(session, directory)
+        assert (await session.execute(sa.text("SELECT * FROM things"))).all() == [(1,)]
+        assert (await session.execute(sa.text("PRAGMA foreign_keys"))).scalar() == 1
+
+
+async def test_a_session_stands_for_its_url(database_url: str, tmp_path: Path):
+    await upgrade(SQLAlchemySession(database_url), write_environment(tmp_path, CREATE))
+    assert await on_connection(database_url, tables) == {"things", "alembic_version"}
+
+
+async def test_a_migration_that_is_refused_shows_no_values(sqlite_url: str, tmp_path: Path):
+    fill = "op.bulk_insert(sa.table('nowhere', sa.column('name')), [{'name': 'hunter2'}])"
+    with pytest.raises(sa.exc.OperationalError) as caught:
+        await upgrade(sqlite_url, write_environment(tmp_path, CREATE, fill))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_missing_alembic_names_what_to_install(monkeypatch: pytest.MonkeyPatch):

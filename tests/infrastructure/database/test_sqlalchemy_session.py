@@ -21,9 +21,12 @@ from fastapi_building_blocks.domain import (
     ConstraintError,
     DuplicateKeyError,
     UnsupportedOperationError,
+    field,
 )
+from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure import DatabaseSettings, InMemorySession, PoolStatus, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database import sqlalchemy_session
+from fastapi_building_blocks.infrastructure.persistence.repositories.in_memory_query import InMemoryQuery
 from tests import server_view
 from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
 from tests.server_view import until
@@ -66,6 +69,21 @@ async def test_a_url_that_is_none_says_what_one_looks_like_and_repeats_no_secret
     with pytest.raises(ValueError, match=r"postgresql\+asyncpg://user:password@host:5432/name") as caught:
         SQLAlchemySession(url)
     assert no_secret_in(everything_said(caught.value))
+
+
+@pytest.mark.parametrize("rest", ["@127.0.0.1/db", "@127.0.0.1:5432/db", "/more@127.0.0.1/db"])
+async def test_a_password_that_is_not_percent_encoded_is_refused_and_not_repeated(rest: str) -> None:
+    with pytest.raises(ValueError, match="percent-encode the user and password in the URL") as caught:
+        SQLAlchemySession(f"postgresql+asyncpg://u:top@{SECRET}{rest}")
+    assert no_secret_in(everything_said(caught.value))
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+asyncpg", "mysql+aiomysql", "mariadb+aiomysql", "mysql+asyncmy"])
+async def test_a_url_of_a_server_without_a_database_is_refused(scheme: str) -> None:
+    for url in (f"{scheme}://root:{QUOTED}@127.0.0.1", f"{scheme}://root:{QUOTED}@127.0.0.1/"):
+        with pytest.raises(ValueError, match="names no database") as caught:
+            SQLAlchemySession(url)
+        assert no_secret_in(everything_said(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +212,15 @@ async def test_a_wrong_database_or_password_is_said_at_once(database_url: str, w
         await session.connect()
     assert no_secret_in(everything_said(caught.value))
     assert "127.0.0.1" in str(caught.value)
+    said = r"the database does not exist \((3D000|1049)\)" if "database" in wrong else r"the login was refused \(\w+\)"
+    assert re.search(said, str(caught.value))
+
+
+async def test_a_url_without_a_port_is_named_with_the_databases_own() -> None:
+    for scheme, port in (("postgresql+asyncpg", 5432), ("mysql+aiomysql", 3306)):
+        session = SQLAlchemySession(f"{scheme}://u:p@no-such-host.invalid/name", connect_attempts=1)
+        with pytest.raises(ConnectionLostError, match=rf"at no-such-host\.invalid:{port}: "):
+            await session.connect()
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
@@ -212,9 +239,11 @@ async def test_a_server_that_refuses_further_connections_is_unavailable(database
         await session.ping()
 
 
-async def test_a_file_that_cannot_be_opened_is_named(tmp_path: Any, soon: None) -> None:
-    session = SQLAlchemySession(f"sqlite+aiosqlite:///{tmp_path}/no/such/folder/file.db", connect_attempts=1)
-    with pytest.raises(ConnectionLostError, match=r"no/such/folder/file\.db"):
+async def test_a_file_that_cannot_be_opened_is_named_at_once(tmp_path: Any, soon: None) -> None:
+    session = SQLAlchemySession(f"sqlite+aiosqlite:///{tmp_path}/no/such/folder/file.db", connect_attempts=5)
+    with pytest.raises(
+        ConnectionLostError, match=r"no/such/folder/file\.db: the file cannot be opened .*\(attempt 1\)"
+    ):
         await session.connect()
     await until(lambda: not any("_connection_worker" in thread.name for thread in threading.enumerate()))
 
@@ -315,6 +344,21 @@ async def test_a_repository_may_be_made_before_the_session_is_connected(database
         await session.create_tables(accounts.metadata)  # what exists is left alone
         assert await repository.add(account(1)) == account(1)
         assert await Accounts(session).get(1) == account(1)
+
+
+async def test_a_search_without_regard_to_case_answers_as_in_memory(database_url: str) -> None:
+    """Character by character: neither the end of a word nor a character that Python makes two of changes anything."""
+    async with opened(database_url) as session:
+        for stored, part, found in [
+            ("ΟΔΟΣ", "οδοσ", True), ("οδος", "ΟΔΟΣ", False), ("ΟΔΟΣ", "ς", False), ("ÀÉ", "àé", True),
+            ("İstanbul", "istanbul", True), ("istanbul", "İ", True), ("straße", "SS", False),
+        ]:  # fmt: skip
+            operand = session.dialect.text_operand(Operator.ICONTAINS, part)
+            text = sa.cast(sa.literal(stored), sa.String(50))
+            clause = session.dialect.text_search(Operator.ICONTAINS, text, sa.literal(operand))
+            assert bool((await session.execute(sa.select(clause))).scalar()) is found, (stored, part)
+            in_memory = InMemoryQuery({"text": sa.Column("text", sa.String(50))}).test([field("text").icontains(part)])
+            assert in_memory((stored,)) is found, (stored, part)
 
 
 async def test_a_repository_on_another_kind_of_session_is_a_type_error() -> None:

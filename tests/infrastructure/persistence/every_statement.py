@@ -258,8 +258,8 @@ class _Catalogue:
         written = self.sql.always_written
         for version in versions:
             if written:
-                for answer in ANSWERS:
-                    statement = self.sql.update(written, version, answer)
+                for answer, deleted_too in itertools.product(ANSWERS, (True, False)):
+                    statement = self.sql.update(written, version, deleted_too, answer)
                     yield Emitted("update", statement, statement.bind([*self.row, 1]))
             for name, returning, deleted_too in itertools.product(written, (True, False), (True, False)):
                 statement = self.sql.patch((name,), version, deleted_too, returning)
@@ -287,8 +287,13 @@ class _Catalogue:
     def upserts(self) -> Iterator[Emitted]:
         for omitted, on, returning in itertools.product(self.omissions(), self.declaration.unique_keys, (True, False)):
             if omitted.isdisjoint(map(self.sql.place, on)):
-                statement = self.sql.upsert(omitted, on, returning)
-                yield Emitted("upsert", statement, statement.bind(self.row))
+                for defaulted in {frozenset[int](), self.defaulted() - omitted}:
+                    statement = self.sql.upsert(omitted, defaulted, on, returning)
+                    yield Emitted("upsert", statement, statement.bind(self.row))
+
+    def defaulted(self) -> frozenset[int]:
+        """The places that a default of Python's can fill."""
+        return frozenset(place for place, fill in self.declaration.fills if callable(fill))
 
 
 _VALUES: dict[type, Any] = {

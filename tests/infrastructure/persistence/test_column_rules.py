@@ -310,3 +310,11 @@ class TestOperands:
         with pytest.raises(InvalidQueryError) as refusal:
             check_operand(column(kind), Operator.EQ, value)
         assert refusal.value.fields == ("field",)
+
+
+def test_a_list_to_compare_with_has_a_largest_length() -> None:
+    assert len(check_operand(column(sa.Integer()), Operator.IN, tuple(range(10_000)))) == 10_000
+    for operator in (Operator.IN, Operator.NOT_IN):
+        with pytest.raises(InvalidQueryError) as caught:
+            check_operand(column(sa.Integer()), operator, list(range(10_001)))
+        assert caught.value.fields == ("field",)

@@ -2,12 +2,16 @@
 
 import asyncio
 import dataclasses
+from functools import reduce
+from operator import and_, or_
 from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
-from fastapi_building_blocks.domain import Criterion, CursorRequest, PageRequest, Sort, field
+from fastapi_building_blocks.domain import Criterion, CursorRequest, InvalidQueryError, PageRequest, Sort, field
+from fastapi_building_blocks.domain.query import And, Not, Or
 from fastapi_building_blocks.infrastructure.database.in_memory_session import InMemorySession
 from fastapi_building_blocks.infrastructure.persistence.repositories.base import BaseRepository
 
@@ -133,3 +137,25 @@ def test_criteria_follow_sqls_three_valued_logic(items: list[Item], criterion: C
         assert await repository.get_all(~criterion) == [item for item in items if truth(criterion, item) is False]
 
     in_memory(items, check)
+
+
+def test_a_chain_of_criteria_is_flat_on_either_side() -> None:
+    one, two, three, four = (field("id") == number for number in range(4))
+    assert (one & two) & (three & four) == And((one, two, three, four))
+    assert one | (two | three) | four == Or((one, two, three, four))
+    assert (one | two) & three == And((Or((one, two)), three))
+    assert ~~one == one
+    assert ~~~one == Not(one)
+
+
+def test_criteria_are_refused_when_they_are_built_too_deep_or_too_long() -> None:
+    one = field("id") == 1
+    alternating = reduce(lambda part, level: part & one if level % 2 else part | one, range(64), one)
+    for combine in (lambda: alternating & one | one, lambda: ~alternating):
+        with pytest.raises(InvalidQueryError, match="deep"):
+            combine()
+    for join in (and_, or_):
+        with pytest.raises(InvalidQueryError, match="comparisons"):
+            reduce(join, [one] * 5000)
+    with pytest.raises(InvalidQueryError, match="values"):
+        field("id").is_in(range(6000)) | field("id").is_in(range(6000))

@@ -425,3 +425,85 @@ async def test_what_a_mapper_leaves_out_is_filled_on_add_and_left_alone_on_updat
     await repository.delete(1)
     with pytest.raises(DuplicateKeyError):
         await repository.get_or_add(Slim(1, "d"))
+
+
+# What a table says beyond its columns
+
+
+async def test_a_mutable_field_that_a_mapper_leaves_out_is_left_as_it_is(session: InMemorySession) -> None:
+    @dataclasses.dataclass
+    class Page:
+        id: int
+        title: str
+        tags: list[str] | None = None
+
+    class Pages(BaseRepository[Page]):
+        table = sa.Table(
+            "pages",
+            sa.MetaData(),
+            sa.Column("id", sa.Integer(), primary_key=True),
+            sa.Column("title", sa.String()),
+            sa.Column("tags", sa.JSON()),
+        )
+
+        def _entity_to_dict(self, entity: Page) -> dict[str, Any]:
+            return {"id": entity.id, "title": entity.title}
+
+    pages = Pages(session)
+    assert (await pages.add(Page(1, "one", ["given"]))).tags is None
+    await pages.patch(1, {"tags": ["kept"]})
+    assert (await pages.update(Page(1, "two"))).tags == ["kept"]
+    assert (await pages.upsert(Page(1, "three"))).tags == ["kept"]
+
+
+async def test_a_partial_unique_index_is_no_unique_key(session: InMemorySession) -> None:
+    @dataclasses.dataclass
+    class Seat:
+        id: int
+        place: str
+        taken: bool
+
+    seats = sa.Table(
+        "seats",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("place", sa.String()),
+        sa.Column("taken", sa.Boolean()),
+    )
+    sa.Index("one_taken", seats.c.place, unique=True, postgresql_where=seats.c.taken, sqlite_where=seats.c.taken)
+    sa.Index("one_pair", seats.c.id, seats.c.taken, unique=True, postgresql_where=None)
+
+    class Seats(BaseRepository[Seat]):
+        table = seats
+
+    assert Seats.declaration().unique_keys == (("id",), ("id", "taken"))
+    await Seats(session).add(Seat(1, "A1", False))
+    await Seats(session).add(Seat(2, "A1", False))
+    with pytest.raises(ValueError, match="unique"):
+        await Seats(session).upsert(Seat(3, "A1", True), on=["place"])
+
+
+async def test_an_identity_outside_the_key_is_written_by_the_store_alone(session: InMemorySession) -> None:
+    @dataclasses.dataclass
+    class Invoice:
+        id: str
+        note: str
+        number: int | None = None
+
+    class Invoices(BaseRepository[Invoice]):
+        table = sa.Table(
+            "invoices",
+            sa.MetaData(),
+            sa.Column("id", sa.String(10), primary_key=True),
+            sa.Column("note", sa.String(10)),
+            sa.Column("number", sa.Integer(), sa.Identity(always=True), nullable=False),
+        )
+
+    invoices = Invoices(session)
+    assert Invoices.declaration().never_written == {"number"}
+    assert await invoices.add(Invoice("a", "first", 77)) == Invoice("a", "first", 1)
+    assert await invoices.add(Invoice("b", "second")) == Invoice("b", "second", 2)
+    assert await invoices.update(Invoice("a", "again", 9)) == Invoice("a", "again", 1)
+    assert await invoices.upsert(Invoice("b", "again", 9)) == Invoice("b", "again", 2)
+    with pytest.raises(InvalidInputError, match="number"):
+        await invoices.patch("a", {"number": 5})

@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import enum
+import pickle
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -629,22 +631,6 @@ class TestProcessors:
         assert first == PlainUser(1, "ADA", Status.ACTIVE, NOW)
         assert second == PlainUser(2, "EVE", Status.GONE, None)
 
-    def test_parameters_are_picked_in_the_drivers_order(self) -> None:
-        mapping = RowMapping(PlainUser, users)
-        bind = mapping.binder((1, 0, 3, 1), (str.upper, None, datetime.isoformat, None))
-        assert bind((1, "Ada", "active", NOW)) == ("ADA", 1, NOW.isoformat(), "Ada")
-        assert bind((1, "Ada", "active", None)) == ("ADA", 1, None, "Ada")
-        assert mapping.binder((2,), (None,))((1, "Ada", "active", None)) == ("active",)
-        assert mapping.binder((), ())((1, "Ada", "active", None)) == ()
-
-    def test_none_in_a_json_column_is_null_and_not_the_document_null(self) -> None:
-        mapping = RowMapping(Document, documents)
-        dialect = sa.create_engine("sqlite://").dialect
-        processor = documents.c.address.type.bind_processor(dialect)
-        assert processor is not None
-        assert processor(None) == "null"
-        assert mapping.binder((1,), (processor,))((1, None, [], None, None)) == (None,)
-
     def test_a_services_own_type_decides_what_null_means(self) -> None:
         class Emptiable(sa.types.TypeDecorator[str]):
             impl = sa.String
@@ -658,7 +644,6 @@ class TestProcessors:
         mapping = RowMapping(Thing, table(sa.Column("note", Emptiable(9))))
         empty: Callable[[Any], Any] = lambda value: value or ""  # noqa: E731
         assert mapping.one([None, empty])((1, None)) == Thing(1, "")
-        assert mapping.binder((1,), (lambda value: value or "-",))((1, None)) == ("-",)
 
     @given(
         st.integers(-(2**31), 2**31 - 1),
@@ -681,3 +666,8 @@ def test_an_argument_is_left_as_it_was() -> None:
     )
     values["free"]["a"].append(2)
     assert dataclasses.asdict(entity) == before
+
+
+def test_a_copy_of_the_mark_for_a_left_out_field_is_the_mark_itself() -> None:
+    for copied in (copy.copy(MISSING), copy.deepcopy([MISSING])[0], pickle.loads(pickle.dumps(MISSING))):
+        assert copied is MISSING

@@ -232,7 +232,7 @@ class TestOnSQLServer:
         everything = "OUTPUT inserted.id, inserted.title, inserted.stars, inserted.email, inserted.bio"
         assert f"{everything} VALUES (" in sql.insert(frozenset(), True).sql
         assert f"{everything} WHERE " in sql.patch(("title",), False, False, True).sql
-        assert sql.upsert(frozenset(), ("id",), True).sql.endswith(f" {everything};")
+        assert sql.upsert(frozenset(), frozenset(), ("id",), True).sql.endswith(f" {everything};")
 
     @pytest.mark.parametrize(("lock", "hint"), LOCK_HINTS.items())
     def test_a_lock_is_a_hint_on_the_table(self, lock: str, hint: str):
@@ -252,7 +252,7 @@ class TestOnSQLServer:
             assert re.search(r"VALUES \([?, ]*\)( OUTPUT inserted\.|;|$)", bare(batch[2] if batch else sql))
 
     def test_an_upsert_writes_what_it_should_and_no_more(self):
-        sql = statements_of(MEMBERS, "mssql").upsert(frozenset(), ("email",), False).sql
+        sql = statements_of(MEMBERS, "mssql").upsert(frozenset(), frozenset(), ("email",), False).sql
         changes = sql.partition("UPDATE SET ")[2].partition(" WHEN NOT MATCHED")[0]
         assert "ON target.email = ? WHEN MATCHED" in sql
         assert "target.version = target.version + 1" in changes
@@ -281,7 +281,7 @@ class TestOnSQLServer:
         assert max(len(item.arguments) for item in emitted("mssql")) <= 2_100
 
     def test_names_are_quoted_in_all_that_is_written_by_hand(self):
-        sql = statements_of(Odds, "mssql").upsert(frozenset(), ("select",), True).sql
+        sql = statements_of(Odds, "mssql").upsert(frozenset(), frozenset(), ("select",), True).sql
         assert sql.startswith("MERGE INTO [my schema].[or:der [by]]] WITH (HOLDLOCK) AS target ")
         assert "ON target.[select] = ? WHEN MATCHED THEN UPDATE SET target.[so:big?] = ?, target.[wh]]en] = ?" in sql
         assert sql.endswith("OUTPUT inserted.[k?y], inserted.[select], inserted.[so:big?], inserted.[wh]]en];")

@@ -1,4 +1,7 @@
-"""A store in memory with real transactions: for tests, demos, and services that are not sure yet."""
+"""A store in memory with real transactions: for tests, demos, and services that are not sure yet.
+
+Rows, unique values and references share one overlay, one undo list and the same locks, so they stay together.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -77,7 +80,8 @@ class _Table:
     versions: dict[Key, list[tuple[int, Row | None]]] = field(default_factory=dict)
     """For each key its row at each commit that changed it, newest last; None where it was removed."""
     index: dict[Resource, Key] = field(default_factory=dict)
-    counter: int = 0
+    numbers: dict[str, int] = field(default_factory=dict)
+    """The last generated number of each column."""
 
     def at(self, key: Key, sequence: int | None) -> Row | None:
         """Return the row as the commit ``sequence`` left it; None: the newest."""
@@ -196,6 +200,8 @@ class InMemoryTransaction(TransactionBackend):
     """One transaction of an ``InMemorySession``, and the connection that its operations are given."""
 
     def __init__(self, session: InMemorySession, isolation: str | None, read_only: bool) -> None:
+        if isolation is not None and not isinstance(isolation, str):
+            raise TypeError(f"isolation is one of {', '.join(_LEVELS)}, not {type(isolation).__name__}")
         level = "READ COMMITTED" if isolation is None else isolation.upper().replace("_", " ")
         if level not in _LEVELS:
             raise ValueError(f"isolation is one of {', '.join(_LEVELS)}, not {isolation!r}")
@@ -214,11 +220,12 @@ class InMemoryTransaction(TransactionBackend):
     # Beginning and ending
 
     async def begin(self) -> Self:
+        await asyncio.sleep(0)
+        # Nothing is awaited from here on: a caller that is cancelled has nothing to give back.
         self._session._require_connection()
         self._session._open.add(self)
         if self._level in _SNAPSHOT_LEVELS:
             self._snapshot = self._session._sequence
-        await asyncio.sleep(0)
         return self
 
     async def commit(self) -> None:
@@ -353,16 +360,16 @@ class InMemoryTransaction(TransactionBackend):
         own: Key | None = self._overlay.get(resource, _MISSING)
         return self._table(name).index.get(resource) if own is _MISSING else own
 
-    def next_number(self, name: str) -> int:
-        """Return the next generated key; as with a sequence, a rollback leaves a gap."""
-        table = self._table(name)
-        table.counter += 1
-        return table.counter
+    def next_number(self, name: str, field: str) -> int:
+        """Return the next generated number of a field; as with a sequence, a rollback leaves a gap."""
+        numbers = self._table(name).numbers
+        numbers[field] = numbers.get(field, 0) + 1
+        return numbers[field]
 
-    def skip_numbers(self, name: str, used: int) -> None:
-        """Have generated keys begin behind one that was given."""
-        table = self._table(name)
-        table.counter = max(table.counter, used)
+    def skip_numbers(self, name: str, field: str, used: int) -> None:
+        """Have generated numbers begin behind one that was given."""
+        numbers = self._table(name).numbers
+        numbers[field] = max(numbers.get(field, 0), used)
 
     # Locks
 

@@ -6,14 +6,20 @@
 
 import asyncio
 import logging.config
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
+
+from fastapi_building_blocks.domain.errors import UnavailableError
+
+from .dialects import Timeouts, dialect_for
+from .sqlalchemy_session import SQLAlchemySession
 
 try:
     from alembic import command, context
@@ -24,34 +30,47 @@ except ImportError as error:
         "migrations need Alembic, which is not installed: pip install 'fastapi-building-blocks[migrations]'"
     ) from error
 
+logger = logging.getLogger(__name__)
+
 _CONNECTION = "connection"
 _TYPES = "fastapi_building_blocks.infrastructure.database.types"
+_NO_TIMEOUTS = Timeouts(connect=5.0, statement=None)
+_LOCK_WINDOW = 600.0
+_LOCK_DELAY = 0.1
 
 
-async def upgrade(url: str | sa.URL, directory: str | Path, revision: str = "head") -> None:
+async def upgrade(database: str | sa.URL | SQLAlchemySession, directory: str | Path, revision: str = "head") -> None:
     """Bring the database to a revision; one that is there already is left as it is.
+
+    Of processes that do so at once, each waits for the one before it, and finds it done.
 
     What runs is one transaction where the database has transactional DDL (PostgreSQL, SQLite, SQL Server): a migration
     that fails leaves nothing behind. MySQL and MariaDB commit every DDL statement as it runs. No statement timeout
     applies, because an index may take its time.
 
     Args:
-        url: the database.
+        database: its URL, or a session of it: connected, where the database is in memory and so the session's alone.
         directory: where ``alembic.ini`` lies.
         revision: its id, or ``"head"`` for the newest.
+
+    Raises:
+        UnavailableError: another process has been migrating the database for ten minutes.
     """
-    await _run_command(command.upgrade, url, directory, revision)
+    await _run_command(command.upgrade, database, directory, revision)
 
 
-async def downgrade(url: str | sa.URL, directory: str | Path, revision: str) -> None:
-    """Take the database back to a revision, in one transaction like ``upgrade``.
+async def downgrade(database: str | sa.URL | SQLAlchemySession, directory: str | Path, revision: str) -> None:
+    """Take the database back to a revision, alone and in one transaction like ``upgrade``.
 
     Args:
-        url: the database.
+        database: its URL or session, as for ``upgrade``.
         directory: where ``alembic.ini`` lies.
         revision: its id, or ``"base"`` for before the first one.
+
+    Raises:
+        UnavailableError: another process has been migrating the database for ten minutes.
     """
-    await _run_command(command.downgrade, url, directory, revision)
+    await _run_command(command.downgrade, database, directory, revision)
 
 
 def run_migrations(target_metadata: sa.MetaData, url: str | sa.URL, unmanaged: Collection[str] = ()) -> None:
@@ -95,7 +114,10 @@ def run_migrations(target_metadata: sa.MetaData, url: str | sa.URL, unmanaged: C
 
 
 async def _run_command(
-    alembic_command: Callable[[Config, str], None], url: str | sa.URL, directory: str | Path, revision: str
+    alembic_command: Callable[[Config, str], None],
+    database: str | sa.URL | SQLAlchemySession,
+    directory: str | Path,
+    revision: str,
 ) -> None:
     config = Config(Path(directory) / "alembic.ini")
     # The service's modules are importable already; the search path is not Alembic's to change here.
@@ -105,16 +127,45 @@ async def _run_command(
         config.attributes[_CONNECTION] = connection
         alembic_command(config, revision)
 
-    await _on_own_connection(url, run)
+    if isinstance(database, SQLAlchemySession) and database.dialect.in_memory:
+        async with database.engine.connect() as connection:
+            # A batch drops the table that it has copied; rows that refer to it are to stay.
+            await connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+            await connection.run_sync(run)
+            await connection.commit()
+            await connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+    else:
+        url = database.engine.url if isinstance(database, SQLAlchemySession) else database
+        await _on_own_connection(url, run)
 
 
 async def _on_own_connection(url: str | sa.URL, work: Callable[[sa.Connection], None]) -> None:
-    engine = create_async_engine(url, poolclass=NullPool)
+    engine = create_async_engine(url, poolclass=NullPool, hide_parameters=True)
     if engine.dialect.name == "sqlite":
         _begin_explicitly(engine)
     async with engine.connect() as connection:
+        await _wait_for_others(connection)
         await connection.run_sync(work)
         await connection.commit()
+
+
+async def _wait_for_others(connection: AsyncConnection) -> None:
+    """Take the lock under which a database is migrated; it ends with the connection."""
+    lock = dialect_for(connection.engine.url, _NO_TIMEOUTS).migration_lock
+    if lock is None:
+        return
+    give_up = time.monotonic() + _LOCK_WINDOW
+    has_waited = False
+    # Asked again and again, since a query that waits keeps a snapshot, for which CREATE INDEX CONCURRENTLY would wait.
+    while not await connection.scalar(sa.text(lock)):
+        await connection.rollback()
+        if time.monotonic() > give_up:
+            raise UnavailableError("another process has been migrating the database for too long")
+        if not has_waited:
+            logger.info("waiting for another process that migrates the database")
+        has_waited = True
+        await asyncio.sleep(_LOCK_DELAY)
+    await connection.commit()
 
 
 def _begin_explicitly(engine: AsyncEngine) -> None:

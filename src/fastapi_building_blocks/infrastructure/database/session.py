@@ -126,6 +126,10 @@ class DatabaseSession(ABC):
         Raises:
             UnsupportedOperationError: the store does not speak SQL.
         """
+        if isinstance(statement, str):
+            raise TypeError("a statement is a SQLAlchemy construct: wrap SQL in sqlalchemy.text()")
+        if isinstance(parameters, list | tuple) and not parameters:
+            raise ValueError("no parameters to run the statement for: an empty list would run it once without any")
         return await self.perform(self.root.execute_on, statement, parameters)
 
     async def stream(self, statement: Any, parameters: Any = None) -> AsyncIterator[Any]:
@@ -193,6 +197,10 @@ class Transaction(DatabaseSession):
 
         For repositories: other than with ``savepoint``, a failed statement dooms the transaction as it does alone.
         """
+
+    @abstractmethod
+    def doom(self, cause: BaseException) -> None:
+        """Take a failure that a repository has stepped back from for that of the transaction's own statement."""
 
     @abstractmethod
     async def rollback(self) -> None:

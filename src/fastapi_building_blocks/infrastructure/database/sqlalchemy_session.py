@@ -60,7 +60,8 @@ class SQLAlchemySession(DatabaseSession):
         replica_urls: read replicas.
 
     Raises:
-        ValueError: the URL is not one of an asynchronous driver, or a number makes no sense.
+        ValueError: the URL is not one of an asynchronous driver, names no database or is not percent-encoded, or a
+            number makes no sense.
         ModuleNotFoundError: the driver is not installed; the message has the command.
     """
 
@@ -85,6 +86,10 @@ class SQLAlchemySession(DatabaseSession):
         self.dialect: PortableDialect = dialect_for(
             self._url, Timeouts(connect_timeout, statement_timeout), portable=portable
         )
+        if self.dialect.needs_database_name and not (self._url.database or self._url.query.get("database")):
+            raise ValueError(
+                f"the database URL names no database; write it after the host: {self._url.drivername}://…/name"
+            )
         self._is_connected = False
         self.statements: dict[Any, Any] = {}
         """What repositories have compiled for this database, by repository class."""
@@ -153,6 +158,8 @@ class SQLAlchemySession(DatabaseSession):
     async def connect(self) -> None:
         """Open the first connection, trying again with growing random delays while the server is not there.
 
+        A refused login, an unknown database and a file that cannot be opened are not tried again.
+
         Raises:
             ConnectionLostError: it could not be reached in ``connect_attempts``, or refused the user or database.
         """
@@ -164,18 +171,19 @@ class SQLAlchemySession(DatabaseSession):
                 break
             except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
                 failure = translate(error, self.dialect)
-                again = isinstance(failure, ConnectionLostError)
+                again = self.dialect.may_open_later(failure)
+                reason = _reason(error, self.dialect)
                 longest = min(_CONNECT_FIRST_DELAY * 2**attempt, _CONNECT_LONGEST_DELAY)
                 delay = random.uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
                 if not again or attempt == self._connect_attempts or time.monotonic() + delay > give_up:
                     await self._pool.drain()
                     raise ConnectionLostError(
-                        f"cannot connect to {self._place()}: {_reason(error)} (attempt {attempt})"
+                        f"cannot connect to {self._place()}: {reason} (attempt {attempt})"
                     ) from driver_error(error)
                 logger.warning(
                     "the database at %s does not answer (%s); attempt %d of %d, next in %.1f s",
                     self._place(),
-                    _reason(error),
+                    reason,
                     attempt,
                     self._connect_attempts,
                     delay,
@@ -188,7 +196,7 @@ class SQLAlchemySession(DatabaseSession):
         self._is_connected = True
 
     async def disconnect(self) -> None:
-        """Close the pool; connections still in use are closed when they are returned."""
+        """Close the pool. A unit of work that is open may finish; its connection is closed when it is returned."""
         self._is_connected = False
         await self._pool.drain()
         await self._engine.dispose()
@@ -222,7 +230,8 @@ class SQLAlchemySession(DatabaseSession):
         url = self._url
         if url.host is None:
             return f"{self.dialect_name} {url.database or 'in memory'}"
-        return f"{self.dialect_name} at {url.host}{f':{url.port}' if url.port else ''}"
+        port = url.port or self.dialect.default_port
+        return f"{self.dialect_name} at {url.host}{f':{port}' if port else ''}"
 
     # What repositories run on
 
@@ -380,6 +389,9 @@ class _SQLAlchemyTransaction(TransactionBackend):
         return connection
 
     async def commit(self) -> None:
+        if self._dialect.transactional_ddl and not self._dialect.in_transaction(self._connection):
+            self._pool.release(self._connection)
+            raise RuntimeError("a COMMIT or ROLLBACK of its own ended the transaction before the unit of work did")
         try:
             await self._dialect.commit(self._connection)
         except BaseException as error:
@@ -440,6 +452,9 @@ def _checked(url: str | URL) -> URL:
             "postgresql+asyncpg://user:password@host:5432/name, mysql+aiomysql://…, mssql+aioodbc://… "
             "or sqlite+aiosqlite:///./file.db"
         )
+    if parsed.host and "@" in f"{parsed.host}{parsed.database}":
+        # Part of the password would pass for the host, and be shown as such.
+        raise ValueError("percent-encode the user and password in the URL: there is an @ (%40) or a / (%2F) in them")
     if not is_async:
         name = parsed.get_backend_name()
         driver = _ASYNC_DRIVERS.get(name, ("an asynchronous driver", ""))[0]
@@ -462,11 +477,14 @@ def _not_opened(error: Exception, dialect: PortableDialect) -> Exception:
     return failure
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, dialect: PortableDialect) -> str:
     """Say why a connection could not be made, without anything that may hold a secret."""
     cause = driver_error(error)
-    if isinstance(cause, TimeoutError):
+    if isinstance(cause, TimeoutError) or isinstance(cause.__cause__, TimeoutError):
         return "no answer in time"
     if isinstance(cause, OSError):
         return cause.strerror or type(cause).__name__
-    return type(cause).__name__
+    code = dialect.error_code(cause)
+    if code is None:
+        return type(cause).__name__
+    return f"{dialect.refusals.get(code, type(cause).__name__)} ({code})"

@@ -148,7 +148,10 @@ class UnitOfWork(Transaction):
                 answer = hook()
                 if inspect.isawaitable(answer):
                     await answer
-            except Exception:
+            except (Exception, asyncio.CancelledError):
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise  # the loop is closing down: this is not the hook's own
                 logger.exception("an after-commit hook failed", extra={"hook": getattr(hook, "__qualname__", "")})
 
     async def _roll_back(self) -> None:
@@ -285,11 +288,20 @@ class UnitOfWork(Transaction):
     def savepoint(self) -> AbstractAsyncContextManager[None]:
         return self._outer.savepoint() if self._outer is not None else _Savepoint(self)
 
+    def doom(self, cause: BaseException) -> None:
+        if self._outer is not None:
+            self._outer.doom(cause)
+        elif self._state is _State.READY:
+            self._state = _State.FAILED
+            self._cause = cause
+
     def all_or_none(self) -> AbstractAsyncContextManager[None]:
         return self._outer.all_or_none() if self._outer is not None else _Savepoint(self, forgives=False)
 
     def on_commit(self, callback: Hook) -> None:
         self._check_open()
+        if not callable(callback):
+            raise TypeError("an after-commit hook is a function, called without arguments")
         if self._outer is not None:
             self._outer.on_commit(callback)
         else:

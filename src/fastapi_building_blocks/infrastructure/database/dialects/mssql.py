@@ -59,6 +59,7 @@ _BY_CODE: dict[int, type[BuildingBlocksError]] = {
     1204: UnavailableError,
     9002: UnavailableError,
 }
+_REFUSALS = {"4060": "the database does not exist, or the user may not use it", "18456": "the login was refused"}
 _LOCK_TIMEOUT = 1222
 _CONFLICT = 547
 _CLIENT_TIMEOUT = "HYT00"
@@ -66,6 +67,7 @@ _NATIVE_CODE = re.compile(r"\((\d+)\) \((SQL\w+)\)")
 """pyodbc gives the server's error number in the message only, followed by the function that it called."""
 _SUBJECT = re.compile(r"""(?:constraint|index|column) (?:'([^']+)'|"([^"]+)")""")
 _LOCK_HINTS = {
+    "share": "WITH (HOLDLOCK, ROWLOCK)",
     "update": "WITH (UPDLOCK, ROWLOCK)",
     "nowait": "WITH (UPDLOCK, ROWLOCK, NOWAIT)",
     "skip_locked": "WITH (UPDLOCK, ROWLOCK, READPAST)",
@@ -79,6 +81,13 @@ class SQLServerDialect(PortableDialect):
 
     name = "mssql"
     installs = "mssql"
+    default_port = 1433
+    refusals = _REFUSALS
+    migration_lock = (
+        "SET NOCOUNT ON; DECLARE @answer INT; EXEC @answer = sp_getapplock @Resource = 'migration', "
+        "@LockMode = 'Exclusive', @LockOwner = 'Session', @LockTimeout = 0; "
+        "SELECT CASE WHEN @answer >= 0 THEN 1 ELSE 0 END"
+    )
     insert_returning = True
     update_returning = True
     upsert_style = "merge"
@@ -135,6 +144,10 @@ class SQLServerDialect(PortableDialect):
 
     def in_transaction(self, connection: PooledConnection) -> bool:
         return bool(connection.info.get("in_transaction"))
+
+    def error_code(self, error: BaseException) -> str | None:
+        codes = _NATIVE_CODE.findall(str(error.args[1])) if len(error.args) > 1 else []
+        return str(codes[-1][0]) if codes else None
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         state, message = (*map(str, error.args[:2]), "", "")[:2]

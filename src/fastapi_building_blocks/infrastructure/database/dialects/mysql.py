@@ -69,6 +69,14 @@ _BY_CODE: dict[int, type[BuildingBlocksError]] = {
     2055: ConnectionLostError,
     4031: ConnectionLostError,
 }
+_REFUSALS = {
+    "1049": "the database does not exist",
+    "1045": "the login was refused",
+    "1698": "the login was refused",
+    "1044": "the user may not use this database",
+    "1040": "the server has too many connections",
+    "2003": "the server cannot be reached",
+}
 _LOCK_WAIT_TIMEOUT = 1205
 _SUBQUERY_RETURNS_MORE_THAN_ONE_ROW = 1242
 _TWO_ROWS = "(SELECT 1 UNION ALL SELECT 2)"
@@ -83,6 +91,11 @@ class MySQLDialect(PortableDialect):
 
     name = "mysql"
     installs = "mysql"
+    default_port = 3306
+    needs_database_name = True
+    refusals = _REFUSALS
+    # Its name is the whole server's, and of 64 characters at most.
+    migration_lock = "SELECT COALESCE(GET_LOCK(CONCAT('migration of ', SHA1(DATABASE())), 0), 0)"
     upsert_style = "on duplicate key"
     largest_statement = 60_000
     default_isolation = "REPEATABLE READ"
@@ -127,6 +140,10 @@ class MySQLDialect(PortableDialect):
     def is_dead(self, driver: Any) -> bool:
         reader = getattr(driver, "_reader", None)  # aiomysql; asyncmy tells by itself
         return bool(reader.at_eof()) if reader is not None else not getattr(driver, "connected", False)
+
+    def error_code(self, error: BaseException) -> str | None:
+        code = error.args[0] if error.args else None
+        return str(code) if isinstance(code, int) and not isinstance(error, OSError) else None
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         if isinstance(error, OSError | EOFError):

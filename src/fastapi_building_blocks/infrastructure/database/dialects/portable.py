@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
-from fastapi_building_blocks.domain.errors import BuildingBlocksError, UnsupportedOperationError
+from fastapi_building_blocks.domain.errors import BuildingBlocksError, ConnectionLostError, UnsupportedOperationError
 from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
 
@@ -51,6 +51,15 @@ class PortableDialect:
     name: ClassVar[str] = "any"
     installs: ClassVar[str] = "all"
     """The extra that brings the driver."""
+    default_port: ClassVar[int | None] = None
+    needs_database_name = False
+    """Whether a URL that names no database is a mistake."""
+    in_memory = False
+    """Whether the database is in the session's own connections, and nowhere else."""
+    refusals: ClassVar[Mapping[str, str]] = {}
+    """Why a connection was not opened, in words, by ``error_code``."""
+    migration_lock: ClassVar[str | None] = None
+    """The query that answers 1 once its connection alone may migrate the database, and 0 at once if it may not."""
 
     insert_returning = False
     update_returning = False
@@ -67,6 +76,8 @@ class PortableDialect:
     """Whether a list may be one parameter: ``= ANY(:values)``."""
     streams_in_transaction = False
     """Whether a cursor lives in a transaction only."""
+    transactional_ddl = False
+    """Whether a transaction ends by COMMIT and ROLLBACK only, and the driver knows whether it is open."""
     counts_by_returning = False
     """Whether ``execute_many`` counts the rows that RETURNING answers, since the driver does not count."""
     paging_needs_order = False
@@ -204,6 +215,14 @@ class PortableDialect:
 
     # Errors
 
+    def error_code(self, error: BaseException) -> str | None:
+        """Return the database's own code of a driver's error."""
+        return None
+
+    def may_open_later(self, failure: Exception) -> bool:
+        """Whether another attempt may open the connection that failed with this error of the domain."""
+        return isinstance(failure, ConnectionLostError)
+
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         """Say what a driver's error means, by its code; None: it is not known."""
         return None
@@ -273,7 +292,7 @@ class PortableDialect:
         Raises:
             UnsupportedOperationError: the database has no such lock.
         """
-        return query.with_for_update(nowait=lock == "nowait", skip_locked=lock == "skip_locked")
+        return query.with_for_update(read=lock == "share", nowait=lock == "nowait", skip_locked=lock == "skip_locked")
 
     def estimate(self, table: sa.Table) -> Any | None:
         """Return the query for the table's size by the database's statistics, or None: it keeps none."""
@@ -314,6 +333,11 @@ def on_conflict(
     if not changes:
         changes[table.columns[on[0]]] = table.columns[on[0]]  # DO NOTHING would answer no row
     return insert.on_conflict_do_update(index_elements=[table.columns[name] for name in on], set_=changes)
+
+
+def lower_case(text: str) -> str:
+    """Return the text in lower case as databases have it: character by character, none of them becoming two."""
+    return text.lower() if text.isascii() else "".join([character.lower()[0] for character in text])
 
 
 def _fetch_all(cursor: Any) -> Any:

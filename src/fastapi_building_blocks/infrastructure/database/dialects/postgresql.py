@@ -52,12 +52,25 @@ _BY_CODE: dict[str, type[BuildingBlocksError]] = {
 }
 _BY_CLASS: dict[str, type[BuildingBlocksError]] = {"08": ConnectionLostError, "22": InvalidInputError}
 
+_REFUSALS = {
+    "3D000": "the database does not exist",
+    "28P01": "the login was refused",
+    "28000": "the login was refused",
+    "42501": "the user may not connect to this database",
+    "53300": "the server has too many connections",
+    "57P03": "the server is starting up or shutting down",
+}
+
 
 class PostgreSQLDialect(PortableDialect):
     """PostgreSQL through any driver's adapted cursor."""
 
     name = "postgresql"
     installs = "postgres"
+    default_port = 5432
+    needs_database_name = True
+    refusals = _REFUSALS
+    migration_lock = "SELECT CASE WHEN pg_try_advisory_lock(7233015562034) THEN 1 ELSE 0 END"
     insert_returning = True
     update_returning = True
     upsert_style = "on conflict"
@@ -65,6 +78,7 @@ class PostgreSQLDialect(PortableDialect):
     nulls_clause = True
     row_values = True
     streams_in_transaction = True
+    transactional_ddl = True
     native_enums = True
     array_parameters = True
     largest_statement = 32_767
@@ -111,6 +125,9 @@ class PostgreSQLDialect(PortableDialect):
             return False
         await connection.driver.execute("ROLLBACK" if connection.driver.is_in_transaction() else "SELECT 1")
         return not connection.driver.is_in_transaction()
+
+    def error_code(self, error: BaseException) -> str | None:
+        return getattr(error, "sqlstate", None)
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         code = getattr(error, "sqlstate", None)

@@ -27,7 +27,7 @@ from fastapi_building_blocks.domain.errors import (
 from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
 
-from .portable import Failure, PortableDialect, Row, on_conflict
+from .portable import Failure, PortableDialect, Row, lower_case, on_conflict
 
 # https://www.sqlite.org/rescode.html
 _BY_EXTENDED_CODE: dict[int, type[BuildingBlocksError]] = {
@@ -52,6 +52,14 @@ _BY_CODE: dict[int, type[BuildingBlocksError]] = {
     sqlite3.SQLITE_NOTADB: ConnectionLostError,
     sqlite3.SQLITE_CORRUPT: UnavailableError,
 }
+_NAMES = {
+    getattr(sqlite3, name): name for name in ("SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_READONLY", "SQLITE_BUSY")
+}
+_REFUSALS = {
+    "SQLITE_CANTOPEN": "the file cannot be opened",
+    "SQLITE_NOTADB": "the file is not a database",
+    "SQLITE_READONLY": "the file cannot be written",
+}
 _PRAGMAS = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",
@@ -73,14 +81,15 @@ class SQLiteDialect(PortableDialect):
     upsert_style = "on conflict"
     nulls_clause = True
     row_values = True
+    transactional_ddl = True
     largest_statement = 32_766
     default_isolation = "SERIALIZABLE"
-    _in_memory = False
+    refusals = _REFUSALS
 
     def pool_size(self, url: URL, pool_size: int, max_overflow: int) -> tuple[int, int]:
         # Each connection to :memory: is a database of its own, so there is one, taken in turn.
-        self._in_memory = url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
-        return (1, 0) if self._in_memory and "cache" not in url.query else (pool_size, max_overflow)
+        self.in_memory = url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
+        return (1, 0) if self.in_memory and "cache" not in url.query else (pool_size, max_overflow)
 
     def prepare(self, engine: AsyncEngine) -> None:
         @sa.event.listens_for(engine.sync_engine, "connect")
@@ -148,7 +157,16 @@ class SQLiteDialect(PortableDialect):
         connection.info.pop("query_only", None)
         # A cursor that nobody could close may still hold an old snapshot, on which no write can begin. So a new
         # connection takes over, but for :memory:, where this one is the database.
-        return self._in_memory
+        return self.in_memory
+
+    def error_code(self, error: BaseException) -> str | None:
+        code = getattr(error, "sqlite_errorcode", None)
+        # Of an extended code the last byte is the code: https://www.sqlite.org/rescode.html
+        return None if code is None else _NAMES.get(code & 0xFF, str(code))
+
+    def may_open_later(self, failure: Exception) -> bool:
+        # A file that cannot be opened stays so; one that is locked, while another connection turns it to WAL, does not.
+        return isinstance(failure, DeadlockError)
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         if isinstance(error, ValueError | sqlite3.ProgrammingError) and "closed" in str(error).lower():
@@ -187,13 +205,13 @@ class SQLiteDialect(PortableDialect):
         return on_conflict(sqlite.insert(table).values(row), row, on, written, version)
 
     def lock(self, query: Any, table: sa.Table, lock: str) -> Any:
-        if lock != "update":
+        if lock not in ("update", "share"):
             raise UnsupportedOperationError(f"SQLite locks the whole database, so it has no {lock!r} for a row")
         return query  # a unit of work that may write holds the database's write lock since it began
 
 
 def _lower(text: str | None) -> str | None:
-    return text.lower() if isinstance(text, str) else text
+    return lower_case(text) if isinstance(text, str) else text
 
 
 def _reset(connection: sqlite3.Connection) -> None:

@@ -1,4 +1,7 @@
-"""The repository in memory: the same contract as on a database, for tests, demos and small data."""
+"""The repository in memory: the same contract as on a database, for tests, demos and small data.
+
+One class implements one contract, method by method as the SQL repository does: its length is the contract's.
+"""
 
 import asyncio
 import copy
@@ -12,10 +15,17 @@ import sqlalchemy as sa
 from fastapi_building_blocks.domain.errors import (
     DuplicateKeyError,
     InvalidInputError,
-    MultipleResultsError,
     SerializationError,
 )
-from fastapi_building_blocks.domain.query import Criterion, CursorPage, CursorRequest, Page, PageRequest, Sort
+from fastapi_building_blocks.domain.query import (
+    Criterion,
+    CursorPage,
+    CursorRequest,
+    Page,
+    PageRequest,
+    Sort,
+    extent_of,
+)
 from fastapi_building_blocks.domain.repository import Lock, SortKeys
 from fastapi_building_blocks.infrastructure.database.in_memory_session import (
     Collection,
@@ -42,6 +52,8 @@ T = TypeVar("T")
 Work = Callable[[InMemoryTransaction], Awaitable[Any]]
 
 _STALE: Final = object()
+_UNDOABLE: Final = "undoable"
+"""The savepoint of a bulk write that may miss an entity without dooming its unit of work."""
 
 
 class BaseRepository(DeclaredRepository[T]):
@@ -97,6 +109,7 @@ class BaseRepository(DeclaredRepository[T]):
         return lambda row: self._is_visible(row) and test(row) is True
 
     def _checked(self, criteria: Sequence[Criterion]) -> Sequence[Criterion]:
+        extent_of(criteria)
         for criterion in criteria:
             self._require_fields(criterion)
         return criteria
@@ -140,12 +153,6 @@ class BaseRepository(DeclaredRepository[T]):
             return [connection.row(self._name, key) for key in keys]
 
         return [self._load(row) for row in await self._perform(read) if row is not None and self._is_visible(row)]
-
-    async def find_one(self, *criteria: Criterion, lock: Lock | None = None) -> T | None:
-        found = await self.get_all(*criteria, limit=2, lock=lock)
-        if len(found) > 1:
-            raise MultipleResultsError(f"more than one {self._declaration.entity_class.__name__} matches")
-        return found[0] if found else None
 
     async def get_all(
         self,
@@ -267,19 +274,15 @@ class BaseRepository(DeclaredRepository[T]):
         values = list(self._dump(entity))
         for place in self._declaration.mutable:
             values[place] = copy.deepcopy(values[place])
+        never_written = self._declaration.never_written
         given = zip(self._mapping.names, values, strict=True)
-        return {name: value for name, value in given if value is not MISSING}
+        return {name: value for name, value in given if value is not MISSING and name not in never_written}
 
     def _new_values(self, entity: T) -> dict[str, Any]:
         """Return what an entity supplies for a new row: None is left out where something else fills it."""
         filled = {self._mapping.names[place] for place, _ in self._declaration.fills}
         given = self._given(entity).items()
-        return self._not_null({name: value for name, value in given if value is not None or name not in filled})
-
-    def _not_null(self, values: dict[str, Any]) -> dict[str, Any]:
-        for name, value in values.items():
-            check_not_null(self._columns[name], value)
-        return values
+        return {name: value for name, value in given if value is not None or name not in filled}
 
     def _new_row(self, connection: InMemoryTransaction, given: Mapping[str, Any]) -> Row:
         values: dict[str, Any] = {**dict.fromkeys(self._columns), **given}
@@ -296,12 +299,12 @@ class BaseRepository(DeclaredRepository[T]):
                 values[column.key] = copy.deepcopy(fill())
         automatic = self._declaration.table.autoincrement_column
         if automatic is not None and isinstance(values[automatic.key], int):
-            connection.skip_numbers(self._name, values[automatic.key])
+            connection.skip_numbers(self._name, automatic.key, values[automatic.key])
         return self._row(values)
 
     def _generated(self, connection: InMemoryTransaction, column: sa.Column[Any]) -> Any:
-        if column is self._declaration.table.autoincrement_column:
-            return connection.next_number(self._name)
+        if column is self._declaration.table.autoincrement_column or column.identity is not None:
+            return connection.next_number(self._name, column.key)
         return check_value(column, database_default(column, column.default or column.server_default))
 
     def _changed_row(self, row: Row, changes: Mapping[str, Any]) -> Row:
@@ -361,9 +364,11 @@ class BaseRepository(DeclaredRepository[T]):
     def _update_of(self, entity: T) -> tuple[Key, int | None, dict[str, Any]]:
         given = self._given(entity)
         key = tuple(given.get(name) for name in self._declaration.key)
+        if None in key:
+            raise InvalidInputError("the entity has no key", fields=self._declaration.key)
         version = None if self.version_column is None else self._checked_version(given.get(self.version_column))
         changes = {name: value for name, value in given.items() if name not in self._declaration.kept_by_update}
-        return key, version, self._not_null(changes)
+        return key, version, changes
 
     def _checked_version(self, version: Any) -> int:
         if self.version_column is None:
@@ -376,7 +381,7 @@ class BaseRepository(DeclaredRepository[T]):
         return checked
 
     def _own_changes(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return self._not_null({name: copy.deepcopy(value) for name, value in self._changes(values).items()})
+        return {name: copy.deepcopy(value) for name, value in self._changes(values).items()}
 
     async def _change(
         self, connection: InMemoryTransaction, key: Key, version: int | None, changes: Mapping[str, Any]
@@ -430,12 +435,20 @@ class BaseRepository(DeclaredRepository[T]):
     async def update_many(self, entities: Iterable[T]) -> int:
         updates = [self._update_of(entity) for entity in entities]
 
-        async def write(connection: InMemoryTransaction) -> None:
+        async def write(connection: InMemoryTransaction) -> Any:
             connection.require_writable()
+            await connection.savepoint(_UNDOABLE)
             for update in updates:
-                self._stored(await self._change(connection, *update))
+                outcome = await self._change(connection, *update)
+                if outcome is None or outcome is _STALE:
+                    await connection.rollback_to_savepoint(_UNDOABLE)
+                    return outcome
+            await connection.release_savepoint(_UNDOABLE)
+            return len(updates)
 
-        await self._perform(write)
+        outcome = await self._perform(write)
+        if not isinstance(outcome, int):
+            raise self._stale() if outcome is _STALE else self._missing()
         return len(updates)
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:

@@ -1,14 +1,15 @@
 """What a column takes: one set of rules for SQL and in-memory repositories, so that bad input is the same error everywhere.
 
 Databases differ in what they refuse: SQLite stores a text of any length, MariaDB drops a UTC offset, PostgreSQL alone
-minds NUL. The rules are checked before a statement is sent and are those of the strictest.
+minds NUL. The rules are checked before a statement is sent and are those of the strictest. One rule for each type: they
+stay in one file so that none is missed in the table at its end.
 """
 
 import enum
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import ROUND_DOWN, Context, Decimal, Inexact, InvalidOperation
 from functools import lru_cache
@@ -19,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from fastapi_building_blocks.domain.errors import ConstraintError, InvalidInputError, InvalidQueryError
-from fastapi_building_blocks.domain.query import Operator
+from fastapi_building_blocks.domain.query import MOST_VALUES, Operator
 from fastapi_building_blocks.infrastructure.database.plain_types import exact_decimal, to_utc
 from fastapi_building_blocks.infrastructure.database.types import BinaryString, ExactDecimal, UtcDateTime
 
@@ -89,12 +90,18 @@ def _operand(column: sa.Column[Any], operator: Operator, value: Any) -> Any:
             raise InvalidInputError(f"at most {_LONGEST_SEARCH} characters can be searched for")
     check = _operand_rule(kind)
     if operator in _LIST_OPERATORS:
-        if not isinstance(value, tuple | list):
-            raise _wrong("a list of values", value)
-        if operator is Operator.BETWEEN and len(value) != 2:
-            raise InvalidInputError("between takes a low and a high value")
-        return tuple(None if item is None else check(item) for item in value)
+        return tuple(None if item is None else check(item) for item in _listed(operator, value))
     return None if value is None else check(value)
+
+
+def _listed(operator: Operator, value: Any) -> Sequence[Any]:
+    if not isinstance(value, tuple | list):
+        raise _wrong("a list of values", value)
+    if operator is Operator.BETWEEN and len(value) != 2:
+        raise InvalidInputError("between takes a low and a high value")
+    if len(value) > MOST_VALUES:
+        raise InvalidInputError(f"at most {MOST_VALUES} values in one list")
+    return value
 
 
 def inline_check(column: sa.Column[Any]) -> tuple[str, Mapping[str, Any]] | None:

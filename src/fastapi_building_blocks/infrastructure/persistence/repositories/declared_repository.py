@@ -1,4 +1,7 @@
-"""What a repository declares about its entity and its table, checked once per class, on every store."""
+"""What a repository declares about its entity and its table, checked once per class, on every store.
+
+A declaration and the checks, orders and pages that follow from it stay in one place, so that no store has its own.
+"""
 
 import copy
 import enum
@@ -16,6 +19,7 @@ import sqlalchemy as sa
 from fastapi_building_blocks.domain.errors import (
     InvalidInputError,
     InvalidQueryError,
+    MultipleResultsError,
     NotFoundError,
     StaleVersionError,
     UnsupportedOperationError,
@@ -66,7 +70,9 @@ class Declaration(Generic[T]):
     field_types: Mapping[str, type]
     """What may be filtered and sorted, with its Python type."""
     kept_by_update: frozenset[str]
-    """Columns that ``update`` never takes from the entity: key, version, creation time, computed ones."""
+    """Columns that ``update`` never takes from the entity: key, version, creation time, those never written."""
+    never_written: frozenset[str]
+    """Columns that the database alone writes: computed ones, and ``Identity(always=True)`` outside the key."""
     fills: tuple[tuple[int, "Fill"], ...]
     """The places of columns that ``add`` may leave to be filled, and by what."""
     update_fills: Mapping[str, Callable[[], Any]]
@@ -188,8 +194,13 @@ class DeclaredRepository(Repository[T]):
         reads, writes = cls._by_hand()
         annotations = annotations_of(entity_class)
         mapping: RowMapping[Any] = RowMapping(entity_class, table, _same if reads else None, _same if writes else None)
-        kept = {*key, cls.version_column, cls.created_at_column}
-        kept |= {name for name, column in columns.items() if column.computed is not None}
+        never_written = frozenset(
+            name
+            for name, column in columns.items()
+            if column.computed is not None
+            or (name not in key and column.identity is not None and column.identity.always)
+        )
+        kept = {*key, cls.version_column, cls.created_at_column, *never_written}
         return Declaration(
             entity_class=entity_class,
             table=table,
@@ -211,6 +222,7 @@ class DeclaredRepository(Repository[T]):
                 if name not in hidden
             },
             kept_by_update=frozenset(name for name in kept if name),
+            never_written=never_written,
             deleted_flag=cls.soft_delete_column is not None
             and isinstance(columns[cls.soft_delete_column].type, sa.Boolean),
         )
@@ -289,6 +301,12 @@ class DeclaredRepository(Repository[T]):
             raise self._missing()
         return entity
 
+    async def find_one(self, *criteria: Any, lock: Lock | None = None) -> T | None:
+        found = await self.get_all(*criteria, limit=2, lock=lock)
+        if len(found) > 1:
+            raise MultipleResultsError(f"more than one {self._declaration.entity_class.__name__} matches")
+        return found[0] if found else None
+
     def including_deleted(self) -> Self:
         view = copy.copy(self)
         view._deleted_too = True
@@ -364,12 +382,14 @@ class DeclaredRepository(Repository[T]):
 
     def _changes(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return what ``patch`` and ``update_where`` are to write, checked; the version and timestamp not yet in it."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"the values to write are a dict of field name to value, not {type(values).__name__}")
         if not values:
             raise InvalidInputError("there is nothing to change")
         fixed = {*self._declaration.key, self.version_column}
         columns = self._declaration.table.columns
         for name in values:
-            if name not in columns or columns[name].computed is not None:
+            if not isinstance(name, str) or name not in columns or name in self._declaration.never_written:
                 raise InvalidInputError(f"there is no field {name!r} to write", fields=(str(name),))
             if name in fixed:
                 raise InvalidInputError(f"{name} cannot be changed", fields=(name,))
@@ -528,7 +548,7 @@ def _unique_keys(table: sa.Table, key: tuple[str, ...]) -> tuple[tuple[str, ...]
         constraint.columns for constraint in table.constraints if isinstance(constraint, sa.UniqueConstraint)
     ]
     for index in table.indexes:
-        partial = any("where" in options for options in index.dialect_kwargs.values() if isinstance(options, dict))
+        partial = any(name.endswith("_where") and value is not None for name, value in index.dialect_kwargs.items())
         plain = all(isinstance(expression, sa.Column) for expression in index.expressions)
         if index.unique and plain and not partial:
             groups.append(index.columns)

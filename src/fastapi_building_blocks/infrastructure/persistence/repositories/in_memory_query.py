@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from fastapi_building_blocks.domain.errors import InvalidQueryError, UnsupportedOperationError
 from fastapi_building_blocks.domain.query import And, Comparison, Criterion, Not, Operator, Or, Sort
+from fastapi_building_blocks.infrastructure.database.dialects.portable import lower_case
 from fastapi_building_blocks.infrastructure.persistence.repositories.column_rules import check_operand
 
 Row = tuple[Any, ...]
@@ -26,7 +27,7 @@ _ORDERED: dict[Operator, Callable[[Any, Any], bool]] = {
 }
 _TEXTUAL: dict[Operator, Callable[[str, str], bool]] = {
     Operator.CONTAINS: lambda text, part: part in text,
-    Operator.ICONTAINS: lambda text, part: part.lower() in text.lower(),
+    Operator.ICONTAINS: lambda text, part: lower_case(part) in lower_case(text),
     Operator.STARTS_WITH: str.startswith,
 }
 

@@ -7,7 +7,7 @@ every value by the column rules when it writes.
 
 import keyword
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
@@ -37,6 +37,17 @@ class _Missing:
     """The type of ``MISSING``."""
 
     def __repr__(self) -> str:
+        return "MISSING"
+
+    # It is known by its identity: a copy is the same one.
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> str:
         return "MISSING"
 
 
@@ -186,28 +197,6 @@ class RowMapping(Generic[T]):
         lines = ["def load(row):", f" {self._targets()} = row", *(f" {line}" for line in body), " return e"]
         load: Callable[[Sequence[Any]], T] = _generated("load", lines, names)
         return load
-
-    def binder(
-        self, indexes: Sequence[int], processors: Sequence[Processor | None]
-    ) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-        """Return a function that picks driver parameters out of a dumped row.
-
-        Args:
-            indexes: the position in the row of each parameter; one may repeat.
-            processors: SQLAlchemy's bind processor of each parameter, or None.
-        """
-        names: Names = {}
-        parts = []
-        for place, (index, processor) in enumerate(zip(indexes, processors, strict=True)):
-            part = f"t[{index}]"
-            if processor is not None:
-                names[f"p{place}"] = processor
-                called = f"p{place}({part})"
-                part = called if _maps_none(self.columns[index]) else f"None if {part} is None else {called}"
-            parts.append(part)
-        lines = ["def bind(t):", f" return ({''.join(f'{part}, ' for part in parts)})"]
-        bind: Callable[[tuple[Any, ...]], tuple[Any, ...]] = _generated("bind", lines, names)
-        return bind
 
     # Writing
 

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fastapi_building_blocks.domain.errors import InvalidQueryError
-from fastapi_building_blocks.domain.query import And, Comparison, Criterion, Not, Operator, Or, Sort
+from fastapi_building_blocks.domain.query import And, Comparison, Criterion, Not, Operator, Or, Sort, extent_of
 from fastapi_building_blocks.infrastructure.database.dialects import PortableDialect
 from fastapi_building_blocks.infrastructure.persistence.repositories.column_rules import check_operand
 from fastapi_building_blocks.infrastructure.persistence.repositories.declared_repository import Declaration, Position
@@ -44,8 +44,9 @@ class QueryClauses:
         """Return the shape of criteria and append their checked values to ``values``.
 
         Raises:
-            InvalidQueryError: a field is unknown or hidden, or a value does not suit it.
+            InvalidQueryError: a field is unknown or hidden, a value does not suit it, or there are too many.
         """
+        extent_of(criteria)
         return tuple([self._shape(criterion, values) for criterion in criteria])
 
     def _shape(self, criterion: Criterion, values: list[Any]) -> Any:

@@ -5,11 +5,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
 from fastapi_building_blocks.domain.errors import (
+    ConstraintError,
     DuplicateKeyError,
     InvalidInputError,
     MultipleResultsError,
@@ -17,7 +18,7 @@ from fastapi_building_blocks.domain.errors import (
 )
 from fastapi_building_blocks.domain.query import Criterion, CursorPage, CursorRequest, Page, PageRequest
 from fastapi_building_blocks.domain.repository import Lock, SortKeys
-from fastapi_building_blocks.infrastructure.database.session import DatabaseSession
+from fastapi_building_blocks.infrastructure.database.session import DatabaseSession, Transaction
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.persistence.repositories.declared_repository import DeclaredRepository
 from fastapi_building_blocks.infrastructure.persistence.repositories.row_mapping import MISSING
@@ -179,10 +180,8 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         found = list(zip(self._entities(load(rows)), map(sort_values, rows), strict=True))
         return self._cursor_page(request, position, found, text)
 
-    async def stream(
-        self, *criteria: Condition, sort: SortKeys = (), batch_size: int = 1000
-    ) -> AsyncGenerator[T, None]:
-        if batch_size < 1:
+    def stream(self, *criteria: Condition, sort: SortKeys = (), batch_size: int = 1000) -> AsyncGenerator[T, None]:
+        if type(batch_size) is not int or batch_size < 1:
             raise ValueError("batch_size must be at least 1")
         values: Values = []
         shape, expressions = self._shape(criteria, values)
@@ -196,6 +195,11 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             load = self._sql.load
             statement = self._sql.select(query)
             batches = self._session.iterate(self._sql.dialect.batches, statement, (statement.bind(values), batch_size))
+        return self._stream(batches, load)
+
+    async def _stream(
+        self, batches: AsyncGenerator[Any, None], load: Callable[..., list[T]]
+    ) -> AsyncGenerator[T, None]:
         async with aclosing(batches):
             async for rows in batches:
                 for entity in self._entities(load(rows)):
@@ -218,7 +222,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
     # Writes: one entity
 
     async def add(self, entity: T) -> T:
-        values, omitted = self._new_row(self._dump(entity))
+        values, omitted, _ = self._new_row(self._dump(entity))
         if not omitted:
             statement = self._sql.insert(omitted, False)
             await self._session.perform(self._sql.dialect.execute, statement, statement.bind(values))
@@ -248,13 +252,16 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         arguments = self._versioned(values)
         versioned = self.version_column is not None
         if not self._sql.changed_by_database and MISSING not in values:
-            statement = self._sql.update(names, versioned, "")
+            statement = self._sql.update(names, versioned, self._deleted_too, "")
             touched = await self._session.perform(self._sql.dialect.execute, statement, statement.bind(arguments))
             if not touched:
                 raise await self._explain_miss(self._session, key, versioned)
             return self._stored(values)
         return await self._change_and_read(
-            lambda returning: self._sql.update(names, versioned, "row" if returning else ""), arguments, key, versioned
+            lambda returning: self._sql.update(names, versioned, self._deleted_too, "row" if returning else ""),
+            arguments,
+            key,
+            versioned,
         )
 
     async def patch(self, id: Any, values: Mapping[str, Any], version: int | None = None) -> T:
@@ -342,32 +349,32 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:
         keys = self._conflict_key(on)
-        values, omitted = self._new_row(self._dump(entity))
-        self._require_conflict_values(keys, values, omitted)
+        row = self._new_row(self._dump(entity))
+        self._require_conflict_values(keys, row.values, row.omitted)
         if not self._session.in_transaction:
             # PostgreSQL may meet a racing insert of the same entity on another key than ``on``; next time it is there.
             with suppress(DuplicateKeyError):
-                return await self._unclashed(lambda: self._upsert(keys, values, omitted))
+                return await self._unclashed(lambda: self._upsert(keys, row))
         try:
-            return await self._unclashed(lambda: self._upsert(keys, values, omitted))
+            return await self._unclashed(lambda: self._upsert(keys, row))
         except DuplicateKeyError as error:
-            raise await self._explain_collision(error, keys, values) from error.__cause__
+            raise await self._explain_collision(error, keys, row.values) from error.__cause__
 
-    async def _upsert(self, keys: tuple[str, ...], values: Values, omitted: frozenset[int]) -> T:
+    async def _upsert(self, keys: tuple[str, ...], row: "_NewRow") -> T:
         sql = self._sql
         if sql.dialect.insert_returning:
-            statement = sql.upsert(omitted, keys, True)
-            rows = await self._session.perform(sql.dialect.fetch, statement, statement.bind(values))
+            statement = sql.upsert(row.omitted, row.defaulted, keys, True)
+            rows = await self._session.perform(sql.dialect.fetch, statement, statement.bind(row.values))
             return self._entity(sql.one(rows[0]))
         async with self._atomic() as unit:
-            statement = sql.upsert(omitted, keys, False)
-            await unit.perform(sql.dialect.execute, statement, statement.bind(values))
-            found = await self._find(unit, keys, values)
+            statement = sql.upsert(row.omitted, row.defaulted, keys, False)
+            await unit.perform(sql.dialect.execute, statement, statement.bind(row.values))
+            found = await self._find(unit, keys, row.values)
         return self._present(found)
 
     async def get_or_add(self, entity: T, on: Sequence[str] | None = None) -> tuple[T, bool]:
         keys = self._conflict_key(on)
-        values, omitted = self._new_row(self._dump(entity))
+        values, omitted, _ = self._new_row(self._dump(entity))
         self._require_conflict_values(keys, values, omitted)
         return await self._unclashed(lambda: self._get_or_add(keys, values, omitted))
 
@@ -378,11 +385,13 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         try:
             async with self._undoable():
                 return await self._insert(values, omitted), True
-        except DuplicateKeyError:
+        except DuplicateKeyError as error:
             # Someone was faster. In a transaction a locking read sees that row, an older snapshot would not.
-            lock = "update" if self._session.in_transaction else None
+            lock = "share" if self._session.in_transaction else None
             found = await self._find(self._session, keys, values, deleted_too=self._deleted_too, lock=lock)
             if found is None:
+                if isinstance(self._session, Transaction):
+                    self._session.doom(error)  # only the step back was ours: the statement has failed
                 raise
             return found, False
 
@@ -439,19 +448,19 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
                 bound = [statement.bind(values) for values in group]
                 await unit.perform(self._sql.dialect.insert_many, statement, bound)
 
-        return await self._in_batches(entities, lambda entity: self._new_row(self._dump(entity)), write)
+        return await self._in_batches(entities, lambda entity: self._new_row(self._dump(entity))[:2], write)
 
     async def upsert_many(self, entities: Iterable[T], on: Sequence[str] | None = None) -> int:
         keys = self._conflict_key(on)
 
-        def prepare(entity: T) -> tuple[Values, frozenset[int]]:
-            values, omitted = self._new_row(self._dump(entity))
+        def prepare(entity: T) -> tuple[Values, tuple[frozenset[int], frozenset[int]]]:
+            values, omitted, defaulted = self._new_row(self._dump(entity))
             self._require_conflict_values(keys, values, omitted)
-            return values, omitted
+            return values, (omitted, defaulted)
 
-        async def write(unit: DatabaseSession, rows: list[tuple[Values, frozenset[int]]]) -> None:
-            for omitted, group in _grouped(rows):
-                statement = self._sql.upsert(omitted, keys, self._sql.dialect.counts_by_returning)
+        async def write(unit: DatabaseSession, rows: list[tuple[Values, Any]]) -> None:
+            for (omitted, defaulted), group in _grouped(rows):
+                statement = self._sql.upsert(omitted, defaulted, keys, self._sql.dialect.counts_by_returning)
                 bound = [statement.bind(values) for values in group]
                 await unit.perform(self._sql.dialect.execute_many, statement, bound)
 
@@ -466,7 +475,8 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
         async def write(unit: DatabaseSession, rows: list[tuple[Values, tuple[str, ...]]]) -> None:
             for names, group in _grouped(rows):
-                statement = self._sql.update(names, versioned, "mark" if self._sql.dialect.counts_by_returning else "")
+                answer: Literal["mark", ""] = "mark" if self._sql.dialect.counts_by_returning else ""
+                statement = self._sql.update(names, versioned, self._deleted_too, answer)
                 bound = [statement.bind(values) for values in group]
                 touched = await unit.perform(self._sql.dialect.execute_many, statement, bound)
                 if touched < len(group):
@@ -551,10 +561,10 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
                 parts.append(repr(item))
         return f"{self._sql.table.fullname}|{order!r}|{parts!r}|{self._deleted_too}"
 
-    def _new_row(self, dumped: Sequence[Any]) -> tuple[Values, frozenset[int]]:
-        """Return the values to insert, defaults filled in, and the places that the database fills."""
+    def _new_row(self, dumped: Sequence[Any]) -> "_NewRow":
         values = list(dumped)
         omitted = [*self._sql.computed]
+        defaulted: list[int] = []
         now: datetime | None = None
         for place, fill in self._declaration.fills:
             if values[place] is None or values[place] is MISSING:
@@ -565,9 +575,16 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
                     omitted.append(place)
                 else:
                     values[place] = fill()
+                    defaulted.append(place)
         if MISSING in values:
             omitted += [place for place, value in enumerate(values) if value is MISSING and place not in omitted]
-        return values, frozenset(omitted)
+        for name in self._declaration.key:
+            if values[self._sql.place(name)] is None and self._sql.place(name) not in omitted:
+                raise ConstraintError(f"{name}: a value is required", fields=(name,))
+        if self.soft_delete_column is not None and defaulted:
+            revived = self._sql.place(self.soft_delete_column)
+            defaulted = [place for place in defaulted if place != revived]
+        return _NewRow(values, frozenset(omitted), frozenset(defaulted))
 
     def _stored(self, values: Values) -> T:
         """Return the entity that now stands in the database with these values."""
@@ -581,11 +598,14 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             raise InvalidInputError("the entity has no key", fields=self._declaration.key)
         return key
 
-    def _written(self, values: Sequence[Any]) -> tuple[str, ...]:
-        """Return the names of the columns that an update writes."""
+    def _written(self, values: Values) -> tuple[str, ...]:
+        """Return the names of the columns that an update writes; those that change by themselves get their value."""
         names = self._sql.always_written
         if MISSING not in values:
             return names
+        for name, fill in self._declaration.update_fills.items():
+            if values[self._sql.place(name)] is MISSING:
+                values[self._sql.place(name)] = fill()
         return tuple(name for name in names if values[self._sql.place(name)] is not MISSING)
 
     def _versioned(self, values: Values) -> Values:
@@ -646,6 +666,17 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
                 yield
         else:
             yield
+
+
+class _NewRow(NamedTuple):
+    """A row to insert."""
+
+    values: Values
+    """In column order, with defaults filled in."""
+    omitted: frozenset[int]
+    """The places that the database fills."""
+    defaulted: frozenset[int]
+    """The places that hold a default, which an upsert does not write over what is there."""
 
 
 @asynccontextmanager

@@ -112,6 +112,10 @@ def _binder(compiled: Any, dialect: Dialect) -> Callable[[Values], tuple[Any, ..
     """Generate the function from values, in the order of their placeholders, to parameters in the driver's order."""
     names: dict[str, Any] = {}
     parts = []
+    # SQLAlchemy would compute a column's default for each execution; compiled once, it would stay None for ever.
+    computed = {column.key for column in (*compiled.insert_prefetch, *compiled.update_prefetch)}
+    if computed:
+        raise TypeError(f"the statement leaves {', '.join(sorted(computed))} to a default of Python's")
     for place, name in enumerate(compiled.positiontup):
         kind = compiled.binds[name].type
         processor = bind_processor(kind, dialect)

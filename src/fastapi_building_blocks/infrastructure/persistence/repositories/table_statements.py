@@ -9,7 +9,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from fastapi_building_blocks.domain.query import Sort
 from fastapi_building_blocks.infrastructure.database.dialects import PortableDialect
 from fastapi_building_blocks.infrastructure.persistence.repositories.declared_repository import Declaration
-from fastapi_building_blocks.infrastructure.persistence.repositories.row_mapping import MISSING, RowMapping
+from fastapi_building_blocks.infrastructure.persistence.repositories.row_mapping import RowMapping
 from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_query import Placeholder, QueryClauses
 from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_statements import (
     Placeholders,
@@ -199,7 +199,9 @@ class TableStatements(Generic[T]):
 
         return self._cached(("insert", omitted, returning), build, columns=columns)
 
-    def update(self, names: tuple[str, ...], version: bool, answer: Literal["row", "mark", ""]) -> Statement:
+    def update(
+        self, names: tuple[str, ...], version: bool, deleted_too: bool, answer: Literal["row", "mark", ""]
+    ) -> Statement:
         """Return the UPDATE of one row by its key; its values: the row, then the version that it must have."""
 
         def build() -> Any:
@@ -209,12 +211,12 @@ class TableStatements(Generic[T]):
                 column = self.table.columns[self._version or ""]
                 changes[column] = self._at(self._places[column.key])
                 core = core.where(column == sa.bindparam(f"arg__{len(self._columns)}", type_=column.type))
-            core = core.where(*self.visible(False)).values(changes)
+            core = core.where(*self.visible(deleted_too)).values(changes)
             if answer == "row":
                 return core.returning(*self._columns)
             return core.returning(sa.literal_column("1")) if answer == "mark" else core
 
-        return self._cached(("update", names, version, answer), build)
+        return self._cached(("update", names, version, deleted_too, answer), build)
 
     def patch(self, names: tuple[str, ...], version: bool, deleted_too: bool, returning: bool) -> Statement:
         """Return the UPDATE of some columns; its values: theirs, the key, then the version that it must have."""
@@ -273,20 +275,26 @@ class TableStatements(Generic[T]):
 
         return self._cached(("restore", names), build)
 
-    def upsert(self, omitted: frozenset[int], on: tuple[str, ...], returning: bool) -> Statement:
-        """Return the statement that inserts a row or updates the one with the same ``on``; its values: the row."""
+    def upsert(
+        self, omitted: frozenset[int], defaulted: frozenset[int], on: tuple[str, ...], returning: bool
+    ) -> Statement:
+        """Return the statement that inserts a row or updates the one with the same ``on``; its values: the row.
+
+        Args:
+            defaulted: places whose value is a default, for a new row only: an existing one keeps what it has.
+        """
 
         def build() -> Any:
             written = [
                 name
                 for name, place in self._places.items()
-                if place not in omitted and name not in on and name not in self._declaration.kept_by_update
+                if place not in omitted | defaulted and name not in (*on, *self._declaration.kept_by_update)
             ]
             core = self.dialect.upsert(self.table, self._row(omitted), on, written, self._version)
             return core.returning(*self._columns) if returning else core
 
         return self._cached(
-            ("upsert", omitted, on, returning),
+            ("upsert", omitted, defaulted, on, returning),
             build,
             guards_upsert=True,
             columns=[column for place, column in enumerate(self._columns) if place not in omitted],
@@ -316,8 +324,3 @@ class TableStatements(Generic[T]):
 
     def _locked(self, core: Any, lock: str | None) -> Any:
         return core if lock is None else self.dialect.lock(core, self.table, lock)
-
-
-def present(names: Sequence[str], values: Sequence[Any]) -> tuple[str, ...]:
-    """Return the names whose values a hand-written mapper has not left out."""
-    return tuple(name for name, value in zip(names, values, strict=True) if value is not MISSING)
