@@ -14,6 +14,7 @@ from example_service.app.api.v1 import users
 from example_service.app.core.config import get_settings
 from example_service.app.core.database import get_db
 from fastapi_building_blocks.api import (
+    BodyLimitMiddleware,
     RequestIdMiddleware,
     database_lifespan,
     health_router,
@@ -69,6 +70,7 @@ def create_app(session: DatabaseSession | None = None) -> FastAPI:
     if session is not None:
         app.dependency_overrides[get_db] = lambda: session
     install_problem_details(app)
+    app.add_middleware(BodyLimitMiddleware)
     app.add_middleware(RequestIdMiddleware)
     app.include_router(health_router(database))
     app.include_router(users.router)

@@ -96,10 +96,6 @@ class WithoutReturning(OnDatabase):
     returning = False
 
 
-class TestNotesWithoutReturning(WithoutReturning, NoteContract):
-    pass
-
-
 class TestArticlesWithoutReturning(WithoutReturning, ArticleContract):
     pass
 
@@ -108,18 +104,10 @@ class TestTicketsWithoutReturning(WithoutReturning, TicketContract):
     pass
 
 
-class TestSettingsWithoutReturning(WithoutReturning, SettingContract):
-    pass
-
-
 class OnPortablePath(OnDatabase):
     """SQLAlchemy's adapted cursor instead of the driver's own connection."""
 
     portable = True
-
-
-class TestNotesOnPortablePath(OnPortablePath, NoteContract):
-    pass
 
 
 class TestArticlesOnPortablePath(OnPortablePath, ArticleContract):

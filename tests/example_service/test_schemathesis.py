@@ -22,7 +22,7 @@ from tests.backends import run_apart
 
 ROOT = Path(__file__).parents[2]
 USERS = "/api/v1/users/"
-SECONDS = 40
+SECONDS = 25
 LEAST_CASES = 500  # of thousands, on an idle machine
 
 pytestmark = pytest.mark.slow

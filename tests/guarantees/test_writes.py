@@ -154,7 +154,7 @@ def wides(count: int, last: Any = None) -> Iterator[Wide]:
 
 @pytest.mark.parametrize("path", ["driver", "portable"])
 async def test_w5_40000_rows_of_10_columns_are_written_all_or_none(database_url: str, path: str) -> None:
-    count, some = (40_000, 6_000) if path == "driver" else (6_000, 5_500)
+    count, some = (40_000, 6_000) if path == "driver" else (5_200, 5_100)
     async with opened(database_url, portable=path == "portable", statement_timeout=60) as session:
         repository = Wides(session)
         bad_here, bad_there = wides(count, last=17), wides(count, last="c0")

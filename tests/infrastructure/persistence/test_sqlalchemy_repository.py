@@ -480,3 +480,30 @@ async def test_a_transaction_ended_behind_the_units_back_is_no_silent_success(se
             await unit.execute(sa.text("ROLLBACK"))
     await session.ping()
     assert session.pool_status().checked_out == 0
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_a_number_that_is_always_the_databases_is_never_written(database_url: str) -> None:
+    metadata = sa.MetaData()
+
+    class Numbered(SQLAlchemyRepository[Line]):
+        table = sa.Table(
+            "numbered",
+            metadata,
+            sa.Column("id", sa.Integer(), primary_key=True),
+            sa.Column("pieces", sa.Integer(), nullable=False),
+            sa.Column("price", sa.Integer(), nullable=False),
+            sa.Column("total", sa.Integer(), sa.Identity(always=True)),
+            sa.Column("stamp", UtcDateTime()),
+            sa.Column("source", sa.String(20)),
+        )
+
+    async with opened(database_url) as session:
+        await session.create_tables(metadata)
+        repository = Numbered(session)
+        assert (await repository.add(Line(1, 2, 3, total=77))).total == 1
+        assert (await repository.update(Line(1, 5, 3, total=78))).total == 1
+        assert (await repository.upsert(Line(1, 6, 3, total=79))).total == 1
+        assert await repository.add_many([Line(2, 1, 1, total=80), Line(3, 1, 1)]) == 2
+        assert await repository.update_many([Line(2, 9, 9, total=81)]) == 1
+        assert [line.pieces for line in await repository.get_all()] == [6, 9, 1]

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import sqlalchemy as sa
 
 from fastapi_building_blocks.domain.errors import (
+    BuildingBlocksError,
     ConstraintError,
     DuplicateKeyError,
     InvalidInputError,
-    MultipleResultsError,
     TransientError,
 )
 from fastapi_building_blocks.domain.query import Criterion, CursorPage, CursorRequest, Page, PageRequest
@@ -107,12 +107,6 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         if len(wanted) != len(distinct):
             answers = [copy.deepcopy(answer) for answer in answers]  # a repeat is an entity of its own
         return answers
-
-    async def find_one(self, *criteria: Condition, lock: Lock | None = None) -> T | None:
-        found = await self.get_all(*criteria, limit=2, lock=lock)
-        if len(found) > 1:
-            raise MultipleResultsError(f"more than one {self._declaration.entity_class.__name__} matches")
-        return found[0] if found else None
 
     async def get_all(
         self,
@@ -385,10 +379,11 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         try:
             async with self._undoable():
                 return await self._insert(values, omitted), True
-        except DuplicateKeyError as error:
-            # Someone was faster. In a transaction a locking read sees that row, an older snapshot would not.
-            lock = "share" if self._session.in_transaction else None
-            found = await self._find(self._session, keys, values, deleted_too=self._deleted_too, lock=lock)
+        except BuildingBlocksError as error:
+            if isinstance(error, DuplicateKeyError):
+                # Someone was faster. In a transaction a locking read sees that row, an older snapshot would not.
+                lock = "share" if self._session.in_transaction else None
+                found = await self._find(self._session, keys, values, deleted_too=self._deleted_too, lock=lock)
             if found is None:
                 if isinstance(self._session, Transaction):
                     self._session.doom(error)  # only the step back was ours: the statement has failed
@@ -563,7 +558,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
     def _new_row(self, dumped: Sequence[Any]) -> "_NewRow":
         values = list(dumped)
-        omitted = [*self._sql.computed]
+        omitted = [*self._sql.never_written]
         defaulted: list[int] = []
         now: datetime | None = None
         for place, fill in self._declaration.fills:

@@ -73,10 +73,10 @@ class TableStatements(Generic[T]):
         self.load_values = mapping.loader([None] * len(processors))
         """From rows of Python values to entities."""
         self.always_written = tuple(name for name in mapping.names if name not in declaration.kept_by_update)
-        self.computed = frozenset(place for place, column in enumerate(self._columns) if column.computed is not None)
+        self.never_written = frozenset(self._places[name] for name in declaration.never_written)
         """The places of the columns that no statement writes."""
-        self.changed_by_database = bool(self._created_at) or any(
-            column.server_onupdate is not None or column.computed is not None for column in self._columns
+        self.changed_by_database = bool(self._created_at or self.never_written) or any(
+            column.server_onupdate is not None for column in self._columns
         )
         """Whether an UPDATE leaves values behind that only the database knows."""
 
