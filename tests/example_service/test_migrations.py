@@ -15,6 +15,7 @@ from sqlalchemy.pool import NullPool
 from example_service.app.infrastructure.tables import metadata
 from example_service.app.main import MIGRATIONS
 from fastapi_building_blocks.infrastructure.database.migrations import downgrade, upgrade
+from fastapi_building_blocks.infrastructure.database.plain_types import adapt_dialect
 from tests.backends import Backends
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ INI = MIGRATIONS / "alembic.ini"
 
 async def on_connection(url: str, work: Any) -> Any:
     engine = create_async_engine(url, poolclass=NullPool)
+    adapt_dialect(engine.dialect)
     async with engine.begin() as connection:
         return await connection.run_sync(work)
 
@@ -146,3 +148,12 @@ async def run_script(url: str, script: str) -> None:
         await connection.execute(script)
     finally:
         await connection.close()
+
+
+async def test_an_id_is_kept_as_text_where_the_databases_own_type_would_sort_it_by_other_digits(
+    database_url: str,
+) -> None:
+    await upgrade(database_url, MIGRATIONS)
+    kinds = await on_connection(database_url, lambda connection: sa.inspect(connection).get_columns("users"))
+    kind = str(next(column["type"] for column in kinds if column["name"] == "id"))
+    assert kind.partition(" ")[0] == ("UUID" if "postgresql" in database_url else "CHAR(32)")

@@ -18,6 +18,7 @@ from fastapi_building_blocks.domain import UnavailableError
 from fastapi_building_blocks.infrastructure import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.dialects.postgresql import PostgreSQLDialect
 from fastapi_building_blocks.infrastructure.database.migrations import downgrade, upgrade
+from fastapi_building_blocks.infrastructure.database.plain_types import adapt_dialect
 from tests.backends import run_apart
 
 MODULE = "fastapi_building_blocks.infrastructure.database.migrations"
@@ -52,6 +53,7 @@ run_migrations(metadata, os.environ.get("URL_OF_TEST", ""), unmanaged={"by_hand"
 
 async def on_connection(url: str, work: Any) -> Any:
     engine = create_async_engine(url, poolclass=NullPool)
+    adapt_dialect(engine.dialect)
     async with engine.begin() as connection:
         return await connection.run_sync(work)
 

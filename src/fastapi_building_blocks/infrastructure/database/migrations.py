@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool
 from fastapi_building_blocks.domain.errors import UnavailableError
 
 from .dialects import Timeouts, dialect_for
+from .plain_types import adapt_dialect
 from .sqlalchemy_session import SQLAlchemySession
 
 try:
@@ -141,6 +142,7 @@ async def _run_command(
 
 async def _on_own_connection(url: str | sa.URL, work: Callable[[sa.Connection], None]) -> None:
     engine = create_async_engine(url, poolclass=NullPool, hide_parameters=True)
+    adapt_dialect(engine.dialect)
     if engine.dialect.name == "sqlite":
         _begin_explicitly(engine)
     async with engine.connect() as connection:
