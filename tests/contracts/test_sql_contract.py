@@ -57,16 +57,18 @@ class TestNotes(OnDatabase, NoteContract):
     pass
 
 
+@pytest.mark.parametrize("tables_url", ["sqlite"], indirect=True)
 class TestArticles(OnDatabase, ArticleContract):
-    pass
+    """On the other databases further down, on the portable path and without RETURNING."""
 
 
 class TestTickets(OnDatabase, TicketContract):
     pass
 
 
+@pytest.mark.parametrize("tables_url", ["sqlite"], indirect=True)
 class TestAccounts(OnDatabase, AccountContract):
-    pass
+    """How an entity is written down is the mapping's business, not the database's: on one database only."""
 
 
 class TestSettings(OnDatabase, SettingContract):

@@ -96,15 +96,17 @@ async def repository(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
 
 
 def by_value(name: str, stored: list[Any], sort: Sort) -> list[int]:
-    """Return the keys in the order that the contract states: by value, NULL as the largest, then by key."""
+    """Return the keys in the order that the contract states: by value, NULL as the largest, then by key alike."""
 
     def rank(entity: Any) -> Any:
         value = getattr(entity, name)
         return value.value if isinstance(value, enum.Enum) else value
 
-    some = sorted((one for one in stored if rank(one) is not None), key=lambda one: one.id)
-    some.sort(key=rank, reverse=sort.descending)
+    some = sorted((one for one in stored if rank(one) is not None), key=lambda one: (rank(one), one.id))
     nulls = sorted((one for one in stored if rank(one) is None), key=lambda one: one.id)
+    if sort.descending:
+        some.reverse()
+        nulls.reverse()
     return [one.id for one in ([*some, *nulls] if sort.nulls_last else [*nulls, *some])]
 
 
