@@ -2,7 +2,7 @@
 .PHONY: help run demo test check docs
 
 PYTHON ?= python3
-WORKERS ?= 3
+WORKERS ?= 2
 BIN := .venv/bin
 
 # $(call prepare,extra,stamps): the environment with that extra, from the tested versions.
@@ -31,8 +31,8 @@ run: .venv/.ready-to-run ## Migrate and serve the example on 127.0.0.1:8000 (HOS
 demo: .venv/.ready-to-run ## Start the example on a free port, walk its requests, stop it; fails on a wrong answer
 	@$(BIN)/python -m example_service.demo
 
-test: .venv/.ready-to-develop ## Run all tests with branch coverage (REQUIRE_BACKENDS=postgres,... fails where one is missing)
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --cov --cov-report term-missing:skip-covered
+test: .venv/.ready-to-develop ## Run all tests (COVERAGE=1 measures branches; REQUIRE_BACKENDS=postgres,... fails where one is missing)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope $(if $(COVERAGE),--cov --cov-report term-missing:skip-covered)
 
 check: .venv/.ready-to-develop ## Lint, formatting, types (mypy strict) and the architecture's import rules
 	@$(BIN)/ruff check .
