@@ -74,6 +74,7 @@ def database_url(request: pytest.FixtureRequest, backends: Backends) -> Iterator
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes ten seconds or more")
     given = getattr(config, "workerinput", {}).get("backends", {})
     found = {name: Server(*entry) if len(entry) == 2 else Missing(*entry) for name, entry in given.items()}
     config.stash[BACKENDS] = Backends(required_backends(), found)

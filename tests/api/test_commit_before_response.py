@@ -72,6 +72,7 @@ async def test_t1_a_constraint_that_fails_at_commit_is_a_problem_and_keeps_no_ro
         assert (await session.execute(sa.select(sa.func.count()).select_from(orders))).scalar() == 0
 
 
+@pytest.mark.slow
 async def test_t1_what_was_answered_201_is_there_for_the_next_request_2000_times(session: SQLAlchemySession) -> None:
     misses = 0
     async with serving(application(session)) as url, httpx2.AsyncClient(base_url=url) as client:

@@ -15,10 +15,6 @@ from tests.backends import Backends, run_apart
 USERS = "/api/v1/users/"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes ten seconds or more")
-
-
 @pytest.fixture(scope="module", params=["sqlite", "postgres", "mysql"])
 def migrated_url(
     request: pytest.FixtureRequest, backends: Backends, tmp_path_factory: pytest.TempPathFactory
