@@ -1,6 +1,7 @@
 """Sessions, units of work, repositories and settings: what a service's infrastructure is built from."""
 
 from fastapi_building_blocks.infrastructure.database.in_memory_session import InMemorySession
+from fastapi_building_blocks.infrastructure.database.observation import StatementEvent
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession, PoolStatus, Transaction
 from fastapi_building_blocks.infrastructure.database.settings import DatabaseSettings
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
@@ -25,6 +26,7 @@ __all__ = [
     "PoolStatus",
     "SQLAlchemyRepository",
     "SQLAlchemySession",
+    "StatementEvent",
     "Transaction",
     "UnitOfWork",
     "UtcDateTime",

@@ -19,6 +19,7 @@ from fastapi_building_blocks.domain.errors import BuildingBlocksError, Connectio
 
 from .connections import ConnectionPool, PooledConnection
 from .dialects import PortableDialect, Timeouts, dialect_for
+from .observation import Observation, Observer
 from .plain_types import adapt_dialect
 from .session import DatabaseSession, Iteration, Operation, PoolStatus, TransactionBackend
 from .settings import DatabaseSettings
@@ -43,6 +44,7 @@ class _Ping:
     """The statement behind ``ping``."""
 
     sql = "SELECT 1"
+    name = "ping"
     reads = True
 
 
@@ -91,6 +93,7 @@ class SQLAlchemySession(DatabaseSession):
                 f"the database URL names no database; write it after the host: {self._url.drivername}://…/name"
             )
         self._is_connected = False
+        self._observation: Observation | None = None
         self.statements: dict[Any, Any] = {}
         """What repositories have compiled for this database, by repository class."""
         size, overflow = self.dialect.pool_size(self._url, pool_size, max_overflow)
@@ -220,6 +223,15 @@ class SQLAlchemySession(DatabaseSession):
         """Return how many connections there are, lent and idle, and how many tasks wait for one."""
         pool = self._pool
         return PoolStatus(pool.size(), pool.checkedout(), pool.checkedin(), pool.waiting())
+
+    def observe(self, observer: Observer) -> None:
+        """Have ``observer`` called after every statement, in the task that sent it, with a ``StatementEvent``.
+
+        That includes what SQLAlchemy runs, on ``session.engine`` as well. An observer that raises is logged.
+        """
+        if self._observation is None:
+            self._observation = Observation(self.dialect, self._engine.sync_engine)
+        self._observation.add(observer)
 
     async def create_tables(self, metadata: sa.MetaData) -> None:
         """Create the tables that do not exist; for tests and demos, migrations are Alembic's."""

@@ -22,7 +22,7 @@ _FLOAT_OID = 701
 class Statement:
     """Compiled SQL with the function that turns values into the driver's parameters."""
 
-    __slots__ = ("bind", "columns", "guards_upsert", "lock", "reads", "sql", "table")
+    __slots__ = ("bind", "columns", "guards_upsert", "lock", "name", "reads", "sql", "table")
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class Statement:
         table: sa.Table,
         bind: Callable[[Values], tuple[Any, ...]],
         *,
+        shape: str = "statement",
         reads: bool = False,
         lock: str | None = None,
         guards_upsert: bool = False,
@@ -38,6 +39,8 @@ class Statement:
         self.sql = sql
         self.table = table
         self.bind = bind
+        self.name = f"{table.name} {shape}"
+        """What observers tell it apart by: there are as many as repositories have methods, not one for each filter."""
         self.reads = reads
         """Whether it may be sent again when its connection turns out to be dead."""
         self.lock = lock

@@ -81,7 +81,7 @@ class TableStatements(Generic[T]):
         """Whether an UPDATE leaves values behind that only the database knows."""
 
     def _cached(self, key: Any, build: Callable[[], Any], **facts: Any) -> Statement:
-        return self._cache.get(key) or self._cache.put(key, build(), self.table, **facts)
+        return self._cache.get(key) or self._cache.put(key, build(), self.table, shape=key[0], **facts)
 
     def place(self, name: str) -> int:
         """Return the position of a column in a list of values."""
@@ -94,7 +94,9 @@ class TableStatements(Generic[T]):
         statement = self._cache.get(query)
         if statement is None:
             core = self.select_core(query, Placeholders())
-            statement = self._cache.put(query, core, self.table, reads=query.lock is None, lock=query.lock)
+            statement = self._cache.put(
+                query, core, self.table, shape=query.what, reads=query.lock is None, lock=query.lock
+            )
         return statement
 
     def select_core(self, query: Query, placeholder: Placeholder, expressions: Sequence[Any] = ()) -> Any:
