@@ -170,3 +170,18 @@ def test_the_limit_leaves_websockets_alone(limited: FastAPI) -> None:
     with TestClient(limited).websocket_connect("/socket") as websocket:
         websocket.send_text("x" * 2000)
         assert websocket.receive_text() == "2000"
+
+
+async def test_a_streamed_answer_is_finished_though_the_body_was_too_long(limited: FastAPI) -> None:
+    @limited.post("/answers")
+    async def answers() -> StreamingResponse:
+        async def parts() -> AsyncIterator[bytes]:
+            for _ in range(20):
+                yield b"x" * 100
+                await asyncio.sleep(0.005)
+
+        return StreamingResponse(parts())
+
+    async with serving(limited) as url, httpx2.AsyncClient(base_url=url) as client:
+        response = await client.post("/answers", content=in_chunks(5000))
+        assert (response.status_code, len(response.content)) == (200, 2000)

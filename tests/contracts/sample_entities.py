@@ -14,7 +14,7 @@ import pydantic
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.domain import DuplicateKeyError
+from fastapi_building_blocks.domain import DuplicateKeyError, field
 from fastapi_building_blocks.infrastructure.database.types import (
     BinaryString,
     UtcDateTime,
@@ -176,6 +176,12 @@ class TicketContract(SampleContract):
         assert (await repository.add(self.entity(2, status="closed"))).status == "closed"
         upserted = await repository.upsert(self.entity(2, priority=9), on=["reference"])
         assert (upserted.status, upserted.priority) == ("closed", 9)
+
+    async def test_of_two_with_one_key_the_later_wins_whatever_they_leave_to_defaults(self, repository: Any) -> None:
+        other, older, newer = self.entity(2), self.entity(1, priority=8, status="closed"), self.entity(1, priority=9)
+        assert await repository.upsert_many([other, older, newer], on=["reference"]) == 3
+        stored = await repository.find_one(field("reference") == "T-1")
+        assert (stored.priority, stored.status) == (9, "closed")
 
 
 # A class of its own kind, with both mappers written by hand and other names than its columns

@@ -80,16 +80,24 @@ class BodyLimitMiddleware:
             await problem_response(Request(scope), 413, detail)(scope, receive, send)
             return
         received = 0
+        answering = False
 
         async def receive_within_limit() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                raise HTTPException(413, detail)
+                if not answering:
+                    raise HTTPException(413, detail)
+                message["body"] = b""  # too late for another answer: what is left of the body is dropped
             return message
 
-        await self.app(scope, receive_within_limit, send)
+        async def send_and_note(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        await self.app(scope, receive_within_limit, send_and_note)
 
     def _is_too_long(self, length: bytes) -> bool:
         digits = length.lstrip(b"0")

@@ -111,6 +111,13 @@ def extent_of(criteria: Iterable[Any], depth: int = 0) -> Extent:
     return Extent(deepest, comparisons, values)
 
 
+def _extent_of_parts(criterion: "And | Or") -> Extent:
+    if not criterion.parts:
+        # A condition that was lost would let a write through that meant a few rows, to all of them.
+        raise InvalidQueryError(f"{type(criterion).__name__} combines at least one criterion")
+    return extent_of(criterion.parts, depth=1)
+
+
 def _criterion(value: Any) -> Criterion:
     if not isinstance(value, Criterion):
         raise TypeError(f"expected a criterion such as field('name') == 'Ada', got {type(value).__name__}")
@@ -125,6 +132,10 @@ class Comparison(Criterion):
     operator: Operator
     value: Any
 
+    def __post_init__(self) -> None:
+        if type(self.operator) is not Operator:
+            object.__setattr__(self, "operator", Operator(self.operator))
+
     @property
     def extent(self) -> Extent:  # type: ignore[override]
         return Extent(0, 1, len(self.value) if isinstance(self.value, tuple) else 1)
@@ -138,7 +149,7 @@ class And(Criterion):
     extent: Extent = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "extent", extent_of(self.parts, depth=1))
+        object.__setattr__(self, "extent", _extent_of_parts(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +160,7 @@ class Or(Criterion):
     extent: Extent = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "extent", extent_of(self.parts, depth=1))
+        object.__setattr__(self, "extent", _extent_of_parts(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -358,6 +358,10 @@ class WriteContract(ContractSubject[T]):
         assert self.value(moved, updated_at) > self.value(patched, updated_at)
         updated = await repository.update(self.change(moved, **self.another_value(3)))
         assert self.value(updated, updated_at) > self.value(moved, updated_at)
+        upserted = await repository.upsert(self.change(updated, **self.another_value(4)))
+        assert self.value(upserted, updated_at) > self.value(updated, updated_at)
+        forced = await repository.patch(key, {updated_at: self.value(stored, updated_at)})
+        assert self.value(forced, updated_at) > self.value(upserted, updated_at)
         if created_at is not None:
             assert self.value(stored, created_at) is not None
             assert self.value(updated, created_at) == self.value(stored, created_at)

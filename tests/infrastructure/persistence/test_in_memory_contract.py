@@ -100,6 +100,7 @@ class TestTicketsWithoutTable(InMemory, TicketContract):
         return FrozenTicket(None, f"subject {number:06}", number, f"T-{number}", f"person {number}")  # type: ignore[return-value]
 
     test_what_is_none_on_add_is_left_to_the_servers_default = None
+    test_of_two_with_one_key_the_later_wins_whatever_they_leave_to_defaults = None
 
 
 class TestAccountsWithoutTable(InMemory, AccountContract):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from fastapi_building_blocks.domain import Criterion, CursorRequest, InvalidQueryError, PageRequest, Sort, field
-from fastapi_building_blocks.domain.query import And, Not, Or
+from fastapi_building_blocks.domain.query import And, Comparison, Not, Or
 from fastapi_building_blocks.infrastructure.database.in_memory_session import InMemorySession
 from fastapi_building_blocks.infrastructure.persistence.repositories.base import BaseRepository
 
@@ -159,3 +159,15 @@ def test_criteria_are_refused_when_they_are_built_too_deep_or_too_long() -> None
             reduce(join, [one] * 5000)
     with pytest.raises(InvalidQueryError, match="values"):
         field("id").is_in(range(6000)) | field("id").is_in(range(6000))
+
+
+@pytest.mark.parametrize("kind", [And, Or])
+def test_a_combination_of_nothing_is_refused_where_it_is_made(kind: type[And | Or]) -> None:
+    with pytest.raises(InvalidQueryError, match="at least one"):
+        kind(tuple(field("id") == number for number in []))
+
+
+def test_an_operator_by_its_spelling_is_the_operator() -> None:
+    assert Comparison("n", "eq", 1) == (field("n") == 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="like"):
+        Comparison("n", "like", 1)  # type: ignore[arg-type]

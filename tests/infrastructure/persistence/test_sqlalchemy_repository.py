@@ -478,6 +478,11 @@ async def test_a_transaction_ended_behind_the_units_back_is_no_silent_success(se
         async with session.transaction() as unit:
             await unit.execute(sa.text("SELECT 1"))
             await unit.execute(sa.text("ROLLBACK"))
+    if session.dialect_name == "sqlite":
+        with pytest.raises(RuntimeError, match="ended the transaction"):
+            async with session.transaction(read_only=True) as unit:
+                await unit.execute(sa.text("COMMIT"))
+        await asyncio.gather(*[session.execute(sa.text("CREATE TABLE IF NOT EXISTS x (id INT)")) for _ in range(5)])
     await session.ping()
     assert session.pool_status().checked_out == 0
 
@@ -507,3 +512,29 @@ async def test_a_number_that_is_always_the_databases_is_never_written(database_u
         assert await repository.add_many([Line(2, 1, 1, total=80), Line(3, 1, 1)]) == 2
         assert await repository.update_many([Line(2, 9, 9, total=81)]) == 1
         assert [line.pieces for line in await repository.get_all()] == [6, 9, 1]
+
+
+async def test_a_table_of_nothing_but_its_key_is_updated_and_missed_like_any_other(session: SQLAlchemySession) -> None:
+    links = sa.Table(
+        "links",
+        sa.MetaData(),
+        sa.Column("a", sa.Integer(), primary_key=True),
+        sa.Column("b", sa.Integer(), primary_key=True),
+    )
+
+    @dataclasses.dataclass
+    class Link:
+        a: int
+        b: int
+
+    class Links(SQLAlchemyRepository[Link]):
+        table = links
+
+    await session.create_tables(links.metadata)
+    await Links(session).add(Link(1, 2))
+    assert await Links(session).update(Link(1, 2)) == Link(1, 2)
+    assert await Links(session).update_many([Link(1, 2)]) == 1
+    assert await Links(session).upsert(Link(1, 2)) == Link(1, 2)
+    for write in (Links(session).update(Link(1, 3)), Links(session).update_many([Link(1, 3)])):
+        with pytest.raises(NotFoundError):
+            await write

@@ -341,7 +341,7 @@ async def test_t9_a_caller_that_is_cancelled_in_the_commit_gets_its_hooks(store:
 async def test_a_cancelled_statement_dooms_its_unit_and_keeps_nothing(store: Store) -> None:
     if isinstance(store.session, InMemorySession):
         pytest.skip("a call in memory is over before it can be cancelled")
-    with pytest.raises(RuntimeError, match="CancelledError"):
+    with pytest.raises(RuntimeError, match="cancelled in the middle of a statement"):
         async with store.session.transaction() as unit:
             await store.repository(unit).add(account(1))
             call = asyncio.create_task(store.repository(unit).add(account(2)))
@@ -349,7 +349,7 @@ async def test_a_cancelled_statement_dooms_its_unit_and_keeps_nothing(store: Sto
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            with pytest.raises(RuntimeError, match="CancelledError"):
+            with pytest.raises(RuntimeError, match="cancelled in the middle of a statement"):
                 async with unit.savepoint():
                     pass
     await until(lambda: store.session.pool_status().checked_out == 0)

@@ -134,6 +134,10 @@ class DatabaseSession(ABC):
 
     async def stream(self, statement: Any, parameters: Any = None) -> AsyncIterator[Any]:
         """Iterate over the rows of any SQLAlchemy Core query in constant memory."""
+        if isinstance(statement, str):
+            raise TypeError("a statement is a SQLAlchemy construct: wrap SQL in sqlalchemy.text()")
+        if getattr(statement, "is_dml", False):
+            raise TypeError("stream() reads: what writes goes to execute()")
         async with aclosing(self.iterate(self.root.stream_on, statement, parameters)) as batches:
             async for batch in batches:
                 for row in batch:

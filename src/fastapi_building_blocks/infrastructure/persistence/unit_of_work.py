@@ -275,11 +275,13 @@ class UnitOfWork(Transaction):
         )
 
     def _doomed(self, consequence: str) -> RuntimeError:
-        name = type(self._cause).__name__
-        refusal = RuntimeError(
-            f"an earlier statement failed ({name}), so {consequence}; put what may fail "
-            "into 'async with uow.savepoint()'"
-        )
+        if isinstance(self._cause, asyncio.CancelledError):
+            refusal = RuntimeError(f"the task was cancelled in the middle of a statement, so {consequence}")
+        else:
+            refusal = RuntimeError(
+                f"an earlier statement failed ({type(self._cause).__name__}), so {consequence}; put what may fail "
+                "into 'async with uow.savepoint()'"
+            )
         refusal.__cause__ = self._cause
         return refusal
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, TypeVar
 import sqlalchemy as sa
 
 from fastapi_building_blocks.domain.errors import (
+    ConstraintError,
     DuplicateKeyError,
     InvalidInputError,
     SerializationError,
@@ -165,6 +166,8 @@ class BaseRepository(DeclaredRepository[T]):
         self._require_transaction(lock)
         self._require_window(limit, offset)
         order, matches = self._order(sort), self._matches(criteria)
+        if limit == 0:
+            return []
         end = None if limit is None else offset + limit
 
         async def read(connection: InMemoryTransaction) -> list[Row]:
@@ -282,7 +285,17 @@ class BaseRepository(DeclaredRepository[T]):
         """Return what an entity supplies for a new row: None is left out where something else fills it."""
         filled = {self._mapping.names[place] for place, _ in self._declaration.fills}
         given = self._given(entity).items()
-        return {name: value for name, value in given if value is not None or name not in filled}
+        values = {name: value for name, value in given if value is not None or name not in filled}
+        for name in self._declaration.key:
+            if values.get(name) is None and name not in filled:
+                raise ConstraintError(f"{name}: a value is required", fields=(name,))
+        return values
+
+    def _upserted_values(self, entity: T) -> dict[str, Any]:
+        given = self._new_values(entity)
+        if self.updated_at_column is not None:
+            given.pop(self.updated_at_column, None)  # set to now, as by every change
+        return given
 
     def _new_row(self, connection: InMemoryTransaction, given: Mapping[str, Any]) -> Row:
         values: dict[str, Any] = {**dict.fromkeys(self._columns), **given}
@@ -377,8 +390,12 @@ class BaseRepository(DeclaredRepository[T]):
             raise InvalidInputError(
                 f"{self.version_column}: the version that was read is required", fields=(self.version_column,)
             )
-        checked: int = self._mapping.check(self.version_column, version)
-        return checked
+        try:
+            return int(self._mapping.check(self.version_column, version))
+        except InvalidInputError:
+            if type(version) is int:
+                raise self._stale() from None  # a number that the column cannot hold is nobody's version
+            raise
 
     def _own_changes(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: copy.deepcopy(value) for name, value in self._changes(values).items()}
@@ -452,13 +469,13 @@ class BaseRepository(DeclaredRepository[T]):
         return len(updates)
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:
-        names, given = self._conflict_key(on), self._new_values(entity)
+        names, given = self._conflict_key(on), self._upserted_values(entity)
         self._conflict_values(names, given)
         return self._load(await self._perform(lambda connection: self._upsert(connection, names, given)))
 
     async def upsert_many(self, entities: Iterable[T], on: Sequence[str] | None = None) -> int:
         names = self._conflict_key(on)
-        rows = [self._new_values(entity) for entity in entities]
+        rows = [self._upserted_values(entity) for entity in entities]
         for given in rows:
             self._conflict_values(names, given)
 
@@ -512,8 +529,10 @@ class BaseRepository(DeclaredRepository[T]):
         values = self._conflict_values(names, given)
 
         async def write(connection: InMemoryTransaction) -> tuple[Row, bool]:
-            connection.require_writable()
-            key = await self._holder(connection, names, values)
+            key = connection.owner(self._name, names, values)
+            if key is None:
+                connection.require_writable()
+                key = await connection.contend(self._name, names, values)
             if key is None:
                 row = self._new_row(connection, given)
                 await connection.insert(self._name, row)

@@ -1,10 +1,11 @@
 """The repository on any SQL database: Core tables in, entities out, at the driver's speed."""
 
 import copy
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import sqlalchemy as sa
@@ -343,7 +344,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:
         keys = self._conflict_key(on)
-        row = self._new_row(self._dump(entity))
+        row = self._upserted_row(entity)
         self._require_conflict_values(keys, row.values, row.omitted)
         if not self._session.in_transaction:
             # PostgreSQL may meet a racing insert of the same entity on another key than ``on``; next time it is there.
@@ -449,12 +450,12 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         keys = self._conflict_key(on)
 
         def prepare(entity: T) -> tuple[Values, tuple[frozenset[int], frozenset[int]]]:
-            values, omitted, defaulted = self._new_row(self._dump(entity))
+            values, omitted, defaulted = self._upserted_row(entity)
             self._require_conflict_values(keys, values, omitted)
             return values, (omitted, defaulted)
 
         async def write(unit: DatabaseSession, rows: list[tuple[Values, Any]]) -> None:
-            for (omitted, defaulted), group in _grouped(rows):
+            for (omitted, defaulted), group in _runs(rows):
                 statement = self._sql.upsert(omitted, defaulted, keys, self._sql.dialect.counts_by_returning)
                 bound = [statement.bind(values) for values in group]
                 await unit.perform(self._sql.dialect.execute_many, statement, bound)
@@ -469,7 +470,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             return self._versioned(values), self._written(values)
 
         async def write(unit: DatabaseSession, rows: list[tuple[Values, tuple[str, ...]]]) -> None:
-            for names, group in _grouped(rows):
+            for names, group in _runs(rows):
                 answer: Literal["mark", ""] = "mark" if self._sql.dialect.counts_by_returning else ""
                 statement = self._sql.update(names, versioned, self._deleted_too, answer)
                 bound = [statement.bind(values) for values in group]
@@ -581,6 +582,12 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             defaulted = [place for place in defaulted if place != revived]
         return _NewRow(values, frozenset(omitted), frozenset(defaulted))
 
+    def _upserted_row(self, entity: T) -> "_NewRow":
+        values = list(self._dump(entity))
+        if self.updated_at_column is not None:
+            values[self._sql.place(self.updated_at_column)] = None  # set to now, as by every change
+        return self._new_row(values)
+
     def _stored(self, values: Values) -> T:
         """Return the entity that now stands in the database with these values."""
         for place in self._declaration.mutable:
@@ -619,7 +626,12 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             raise ValueError(f"{type(self).__name__} declares no version_column, so no version can be expected")
         if version is None or version is MISSING:
             raise InvalidInputError("the entity has no version", fields=(self.version_column,))
-        return int(self._declaration.mapping.check(self.version_column, version))
+        try:
+            return int(self._declaration.mapping.check(self.version_column, version))
+        except InvalidInputError:
+            if type(version) is int:
+                raise self._stale() from None  # a number that the column cannot hold is nobody's version
+            raise
 
     def _touched(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Add the columns that change with every update to those that a caller changes."""
@@ -627,7 +639,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
             if name not in changes:
                 changes[name] = fill()
         if self.updated_at_column is not None:
-            changes.setdefault(self.updated_at_column, self._now())
+            changes[self.updated_at_column] = self._now()
         return changes
 
     def _require_conflict_values(self, keys: Sequence[str], values: Sequence[Any], omitted: frozenset[int]) -> None:
@@ -677,6 +689,12 @@ class _NewRow(NamedTuple):
 @asynccontextmanager
 async def _nothing() -> AsyncIterator[None]:
     yield
+
+
+def _runs(rows: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, list[Any]]]:
+    """Group values by the statement that they need, in their own order: of two with one key the later must win."""
+    for kind, run in groupby(rows, itemgetter(1)):
+        yield kind, [values for values, _ in run]
 
 
 def _grouped(rows: Iterable[tuple[Any, Any]]) -> Iterable[tuple[Any, list[Any]]]:

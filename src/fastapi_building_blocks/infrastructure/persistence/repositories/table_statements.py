@@ -213,6 +213,8 @@ class TableStatements(Generic[T]):
                 column = self.table.columns[self._version or ""]
                 changes[column] = self._at(self._places[column.key])
                 core = core.where(column == sa.bindparam(f"arg__{len(self._columns)}", type_=column.type))
+            if not changes:
+                changes[self._key[0]] = self._key[0]  # nothing but the key, yet whether it exists is asked
             core = core.where(*self.visible(deleted_too)).values(changes)
             if answer == "row":
                 return core.returning(*self._columns)
