@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check coverage docs
+.PHONY: help run demo test check coverage bench docs
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -15,12 +15,15 @@ define prepare
 @touch $(2)
 endef
 
-# Two stamps, so that a first `make demo` does not wait for test tools; the larger set includes the smaller.
+# A stamp for each set, so that a first `make demo` does not wait for test tools; the second set includes the first.
 .venv/.ready-to-run: pyproject.toml constraints.txt
 	$(call prepare,example,.venv/.ready-to-run)
 
 .venv/.ready-to-develop: pyproject.toml constraints.txt
 	$(call prepare,dev,.venv/.ready-to-run .venv/.ready-to-develop)
+
+.venv/.ready-to-bench: pyproject.toml constraints.txt
+	$(call prepare,bench,.venv/.ready-to-bench)
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +34,8 @@ run: .venv/.ready-to-run ## Migrate and serve the example on 127.0.0.1:8000 (HOS
 demo: .venv/.ready-to-run ## Start the example on a free port, walk its requests, stop it; fails on a wrong answer
 	@$(BIN)/python -m example_service.demo
 
-test: .venv/.ready-to-develop ## Run all tests (REQUIRE_BACKENDS=postgres,... fails where one is missing, instead of skipping)
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
+test: .venv/.ready-to-develop ## Run all tests (REQUIRE_BACKENDS=postgres,... fails where one is missing; PORTABLE=1 without drivers' fast paths)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope $(if $(PORTABLE),--portable)
 
 check: .venv/.ready-to-develop ## Lint, formatting, types (mypy strict), the architecture's import rules, branch coverage
 	@$(BIN)/ruff check .
@@ -46,6 +49,10 @@ coverage: .venv/.ready-to-develop ## Branch coverage of src by the quick tests (
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope -m "not slow" -r fE --no-header --quiet \
 		--cov --cov-report term:skip-covered --cov-fail-under $(if $(REQUIRE_BACKENDS),95,0) \
 		tests/api tests/infrastructure tests/testing
+
+bench: .venv/.ready-to-bench ## Compare with drivers, Core and peers (DB=sqlite OPS=get,page ROUNDS=3: a part; WRITE=1: into docs/)
+	@$(BIN)/python -m benchmarks $(if $(DB),--db $(DB)) $(if $(OPS),--ops $(OPS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+		$(if $(WRITE),--write)
 
 docs: .venv/.ready-to-develop ## Run the code blocks of README.md and docs/ (they are part of `make test` too)
 	@$(BIN)/python -m pytest tests/docs

@@ -7,6 +7,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from fastapi_building_blocks.infrastructure.database import sqlalchemy_session
 from tests.backends import SERVERS, Backends, Missing, Server, required_backends
 
 BACKENDS = pytest.StashKey[Backends]()
@@ -71,6 +72,20 @@ def database_url(request: pytest.FixtureRequest, backends: Backends) -> Iterator
 
 # Under xdist the controller looks for the servers once, so that workers share a container and agree on what is
 # missing; each worker creates its own databases and reports back what it used.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--portable", action="store_true", help="run every session on SQLAlchemy's adapted cursors")
+
+
+@pytest.fixture(autouse=True)
+def portable_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``--portable``, no session takes the fast path of its driver, whatever the test asks for."""
+    if request.config.getoption("--portable"):
+        chosen = sqlalchemy_session.dialect_for
+        monkeypatch.setattr(
+            sqlalchemy_session, "dialect_for", lambda url, timeouts, **_: chosen(url, timeouts, portable=True)
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from sqlalchemy import make_url
 
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_repository import SQLAlchemyRepository
@@ -43,10 +44,14 @@ class OnDatabase(SampleContract):
     base = SQLAlchemyRepository
     portable = False
     returning = True
+    driver: str | None = None
 
     @pytest.fixture
     async def session(self, tables_url: str) -> AsyncIterator[SQLAlchemySession]:
-        async with SQLAlchemySession(tables_url, portable=self.portable) as session:
+        url = make_url(tables_url)
+        if self.driver is not None:
+            url = url.set(drivername=self.driver)
+        async with SQLAlchemySession(url, portable=self.portable) as session:
             session.dialect.insert_returning &= self.returning
             for table in reversed(metadata.sorted_tables):
                 await session.execute(table.delete())
@@ -114,3 +119,22 @@ class OnPortablePath(OnDatabase):
 
 class TestArticlesOnPortablePath(OnPortablePath, ArticleContract):
     pass
+
+
+@pytest.mark.parametrize("tables_url", ["mysql"], indirect=True)
+class OnAsyncmy(OnDatabase):
+    """asyncmy instead of aiomysql: it writes parameters and reads rows in its own way."""
+
+    driver = "mysql+asyncmy"
+
+
+class TestArticlesOnAsyncmy(OnAsyncmy, ArticleContract):
+    pass
+
+
+class TestNotesOnAsyncmy(OnAsyncmy, NoteContract):
+    pass
+
+
+class TestArticlesOnAsyncmyWithoutReturning(OnAsyncmy, ArticleContract):
+    returning = False

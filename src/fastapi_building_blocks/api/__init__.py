@@ -12,7 +12,7 @@ from .conditional_requests import (
 from .dependencies import database, database_lifespan, unit_of_work
 from .health import health_router
 from .middleware import BodyLimitMiddleware, RequestIdFilter, RequestIdMiddleware, request_id
-from .page_responses import CursorPageResponse, PageResponse
+from .page_responses import CursorPageResponse, PageResponse, page_response
 from .problem_details import ProblemDetails, install_problem_details, problem_response, problem_responses
 from .query_parameters import ListQuery, list_query
 
@@ -36,6 +36,7 @@ __all__ = [
     "install_problem_details",
     "is_not_modified",
     "list_query",
+    "page_response",
     "problem_response",
     "problem_responses",
     "request_id",

@@ -1,4 +1,7 @@
-"""What a service's own tests use: contract suites for its repositories. Needs pytest and pytest-asyncio (auto mode)."""
+"""What a service's own tests use: contract suites for its repositories, and faults to try it with.
+
+Needs pytest, and for the contract suites pytest-asyncio (auto mode).
+"""
 
 try:
     import pytest
@@ -10,6 +13,29 @@ pytest.register_assert_rewrite(
     *(f"{__name__}.contract_{part}" for part in ("locks", "pages", "reads", "subject", "transactions", "writes"))
 )
 
+from fastapi_building_blocks.testing.cancellation import StormReport, storm  # noqa: E402
+from fastapi_building_blocks.testing.connection_invariants import assert_connections_sound  # noqa: E402
+from fastapi_building_blocks.testing.database_servers import (  # noqa: E402
+    DatabaseServer,
+    MariaDBServer,
+    MissingServer,
+    PgBouncerServer,
+    PostgreSQLServer,
+    RedisServer,
+)
+from fastapi_building_blocks.testing.fault_proxy import FaultProxy  # noqa: E402
 from fastapi_building_blocks.testing.repository_contract import RepositoryContract  # noqa: E402
 
-__all__ = ["RepositoryContract"]
+__all__ = [
+    "DatabaseServer",
+    "FaultProxy",
+    "MariaDBServer",
+    "MissingServer",
+    "PgBouncerServer",
+    "PostgreSQLServer",
+    "RedisServer",
+    "RepositoryContract",
+    "StormReport",
+    "assert_connections_sound",
+    "storm",
+]

@@ -3,18 +3,31 @@
 import asyncio
 import logging
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import make_url
 
 from fastapi_building_blocks.domain import BuildingBlocksError, ConnectionLostError, PoolTimeoutError
 from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database import connections as pool_module
+from tests.backends import Backends, str_of
 from tests.guarantees.ledger import Accounts, account, opened
 from tests.server_view import connections, kill_connections, open_transactions, until
 
-on_servers = pytest.mark.parametrize("database_url", ["postgres", "mysql"], indirect=True)
+on_servers = pytest.mark.parametrize("database_url", ["postgres", "mysql", "asyncmy"], indirect=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mysql", "asyncmy"])
+def database_url(request: pytest.FixtureRequest, backends: Backends, sqlite_url: str) -> Iterator[str]:
+    """An empty database of this test alone, on each database by each of its drivers."""
+    if request.param == "sqlite":
+        yield sqlite_url
+    else:
+        with backends.database("mysql" if request.param == "asyncmy" else request.param) as url:
+            yield str_of(make_url(url).set(drivername="mysql+asyncmy")) if request.param == "asyncmy" else url
 
 
 @on_servers

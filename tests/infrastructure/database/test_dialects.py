@@ -1,19 +1,24 @@
 """What the dialects promise: the right one for a URL, sane pools, literal searches and honest refusals."""
 
+import asyncio
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from asyncpg.exceptions import FeatureNotSupportedError, InvalidCachedStatementError
+from pymysql.err import InternalError
 from sqlalchemy import make_url
 
-from fastapi_building_blocks.domain import UnsupportedOperationError
+from fastapi_building_blocks.domain import ConnectionLostError, SerializationError, UnsupportedOperationError
 from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.dialects import PortableDialect, Timeouts, dialect_for
 from fastapi_building_blocks.infrastructure.database.dialects.mssql import SQLServerDialect
-from fastapi_building_blocks.infrastructure.database.dialects.mysql import AiomysqlDialect, MySQLDialect
+from fastapi_building_blocks.infrastructure.database.dialects.mysql import AiomysqlDialect, AsyncmyDialect, MySQLDialect
 from fastapi_building_blocks.infrastructure.database.dialects.postgresql import AsyncpgDialect, PostgreSQLDialect
 from fastapi_building_blocks.infrastructure.database.dialects.sqlite import AiosqliteDialect, SQLiteDialect
+from fastapi_building_blocks.infrastructure.database.sqlalchemy_errors import translate
+from tests.server_view import kill_connections, until
 
 TIMEOUTS = Timeouts(5.0, 30.0)
 
@@ -25,7 +30,8 @@ TIMEOUTS = Timeouts(5.0, 30.0)
         ("postgresql+psycopg://h/d", PostgreSQLDialect, PostgreSQLDialect),
         ("mysql+aiomysql://h/d", AiomysqlDialect, MySQLDialect),
         ("mariadb+aiomysql://h/d", AiomysqlDialect, MySQLDialect),
-        ("mysql+asyncmy://h/d", MySQLDialect, MySQLDialect),
+        ("mysql+asyncmy://h/d", AsyncmyDialect, MySQLDialect),
+        ("mariadb+asyncmy://h/d", AsyncmyDialect, MySQLDialect),
         ("sqlite+aiosqlite://", AiosqliteDialect, SQLiteDialect),
         ("mssql+aioodbc://h/d", SQLServerDialect, SQLServerDialect),
         ("oracle+oracledb://h/d", PortableDialect, PortableDialect),
@@ -88,6 +94,52 @@ async def test_mysql_is_strict_and_keeps_the_key_0_whatever_the_server_says(data
     async with SQLAlchemySession(database_url) as session:
         modes = (await session.execute(sa.text("SELECT @@SESSION.sql_mode"))).scalar_one().split(",")
         assert {"STRICT_TRANS_TABLES", "NO_AUTO_VALUE_ON_ZERO"} <= set(modes)
+
+
+@pytest.mark.parametrize("driver", ["aiomysql", "asyncmy"])
+@pytest.mark.parametrize("database_url", ["mysql"], indirect=True)
+async def test_mysql_a_connection_that_is_gone_is_lost_however_often_it_is_asked(
+    database_url: str, driver: str
+) -> None:
+    url = make_url(database_url).set(drivername=f"mysql+{driver}")
+    async with SQLAlchemySession(url, pool_size=1, max_overflow=0) as session:
+        connection = session._pool.take()
+        assert connection is not None
+        assert not session.dialect.is_dead(connection.driver)
+        await asyncio.to_thread(kill_connections, database_url)
+        await until(lambda: session.dialect.is_dead(connection.driver))
+        for _ in range(3):
+            with pytest.raises(Exception) as caught:  # noqa: PT011 - each driver has its own tree
+                await session.dialect.command(connection, "SELECT 1")
+            assert isinstance(translate(caught.value, session.dialect), ConnectionLostError), caught.value
+        session._pool.mend(connection)
+        await session.ping()
+
+
+@pytest.mark.parametrize("driver", ["aiomysql", "asyncmy"])
+@pytest.mark.parametrize("database_url", ["mysql"], indirect=True)
+async def test_mysql_an_idle_connection_with_something_unread_is_dead(database_url: str, driver: str) -> None:
+    url = make_url(database_url).set(drivername=f"mysql+{driver}")
+    async with SQLAlchemySession(url, pool_size=1, max_overflow=0) as session:
+        connection = session._pool.take()
+        assert connection is not None
+        await connection.driver._execute_command(3, "SELECT 'an answer that nobody reads'")  # COM_QUERY
+        await until(lambda: session.dialect.is_dead(connection.driver))
+        session._pool.release(connection)
+        assert (await session.execute(sa.text("SELECT 7"))).scalar() == 7
+
+
+def test_what_a_changed_table_breaks_may_be_replayed() -> None:
+    for code in (159, 1412):
+        failure = translate(InternalError(code, "the table has changed"), AiomysqlDialect(TIMEOUTS))
+        assert isinstance(failure, SerializationError)
+    out_of_turn = InternalError("Packet sequence number wrong - got 3 expected 1")
+    assert isinstance(translate(out_of_turn, AiomysqlDialect(TIMEOUTS)), ConnectionLostError)
+    stale = InvalidCachedStatementError("cached plan must not change result type")
+    dialect = PostgreSQLDialect(TIMEOUTS)
+    assert dialect.plan_is_stale(stale)
+    assert isinstance(translate(stale, dialect), SerializationError)
+    assert not dialect.plan_is_stale(FeatureNotSupportedError("of another kind"))
 
 
 def test_the_smallest_statement_timeout_is_still_one() -> None:

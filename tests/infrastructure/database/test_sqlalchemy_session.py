@@ -318,6 +318,25 @@ async def test_the_representation_has_the_place_and_not_the_password() -> None:
     assert no_secret_in(repr(session.engine) + repr(session._pool) + repr(session.__dict__))
 
 
+@pytest.mark.parametrize(
+    "url", ["postgresql+asyncpg://h/db?user=u&password=hush", "mysql+aiomysql://h/d?password=hush"]
+)
+async def test_nor_has_it_a_password_of_the_urls_query(url: str) -> None:
+    assert "hush" not in repr(SQLAlchemySession(url))
+
+
+async def test_a_stream_reads_and_refuses_what_does_not(database_url: str) -> None:
+    table = sa.Table("streamed", sa.MetaData(), sa.Column("id", sa.Integer(), primary_key=True))
+    async with SQLAlchemySession(database_url) as session:
+        await session.create_tables(table.metadata)
+        await session.execute(table.insert().values(id=1))
+        for statement in (table.delete(), "SELECT 1"):
+            with pytest.raises(TypeError):
+                async for _ in session.stream(statement):
+                    pass
+        assert [row.id async for row in session.stream(sa.select(table))] == [1]
+
+
 async def test_settings_make_a_session() -> None:
     settings = DatabaseSettings(url="sqlite+aiosqlite://", pool_size=3, max_overflow=2, _env_file=None)
     session = SQLAlchemySession.from_settings(settings)

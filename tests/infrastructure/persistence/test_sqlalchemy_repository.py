@@ -13,6 +13,7 @@ from fastapi_building_blocks.domain import (
     ConstraintError,
     CursorRequest,
     DuplicateKeyError,
+    InvalidInputError,
     InvalidQueryError,
     MultipleResultsError,
     NotFoundError,
@@ -22,6 +23,7 @@ from fastapi_building_blocks.domain import (
 )
 from fastapi_building_blocks.infrastructure import SQLAlchemyRepository, SQLAlchemySession, UtcDateTime
 from fastapi_building_blocks.infrastructure.database.types import utc_now
+from fastapi_building_blocks.infrastructure.persistence.repositories import sqlalchemy_repository
 from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
 
 PATHS = ["driver", "portable", "without returning"]
@@ -538,3 +540,44 @@ async def test_a_table_of_nothing_but_its_key_is_updated_and_missed_like_any_oth
     for write in (Links(session).update(Link(1, 3)), Links(session).update_many([Link(1, 3)])):
         with pytest.raises(NotFoundError):
             await write
+
+
+async def test_rows_that_need_different_statements_are_all_written_however_they_are_mixed(
+    session: SQLAlchemySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some leave a column to the database, and the others do not; PostgreSQL is sent them while they are read."""
+    monkeypatch.setattr(sqlalchemy_repository, "_HEAD", 10)
+    monkeypatch.setattr(sqlalchemy_repository, "_BATCH", 50)
+    monkeypatch.setattr(sqlalchemy_repository, "_TURN", 4)
+    monkeypatch.setattr(sqlalchemy_repository, "_LONGEST_RUN", 0.0005)
+    mixed = sa.Table(
+        "mixed",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("state", sa.String(10), nullable=False, server_default="new"),
+        sa.Column("rank", sa.Integer(), nullable=False, server_default="7"),
+    )
+
+    @dataclasses.dataclass
+    class Mixed:
+        id: int
+        state: str | None
+        rank: int | None
+
+    class Mixeds(SQLAlchemyRepository[Mixed]):
+        table = mixed
+
+    def given() -> Any:
+        for number in range(1000):
+            yield Mixed(number, None if number % 3 else "old", None if number % 7 == 0 else number)
+
+    await session.create_tables(mixed.metadata)
+    assert await Mixeds(session).add_many(given()) == 1000
+    expected = [Mixed(one.id, one.state or "new", 7 if one.rank is None else one.rank) for one in given()]
+    assert await Mixeds(session).get_all(sort="id") == expected
+    await Mixeds(session).delete_where(everything=True)
+    with pytest.raises(InvalidInputError):
+        await Mixeds(session).add_many([*given(), Mixed(1001, "x" * 11, 1)])
+    with pytest.raises(DuplicateKeyError):
+        await Mixeds(session).add_many([*given(), Mixed(5, "x", 1)])
+    assert await Mixeds(session).count() == 0

@@ -29,10 +29,11 @@ from fastapi_building_blocks.api import (
     etag_of,
     is_not_modified,
     list_query,
+    page_response,
     problem_response,
     problem_responses,
 )
-from fastapi_building_blocks.domain import CursorPage, InvalidInputError, NotFoundError, Page, field
+from fastapi_building_blocks.domain import InvalidInputError, NotFoundError, field
 
 router = APIRouter(prefix="/api/v1/users", tags=["users"])
 
@@ -85,9 +86,10 @@ async def list_users(
     query: UserListQuery,
     users: Users,
     search: Annotated[SearchText | None, Query(description="Text in username, e-mail or full name")] = None,
-) -> Page[User] | CursorPage[User]:
+) -> Response:
     """List users, the newest first unless ``sort`` says otherwise, by page or by cursor."""
-    return await query.page_of(users, *([users.search(search)] if search else []))
+    page = await query.page_of(users, *([users.search(search)] if search else []))
+    return page_response(page, UserResponse)
 
 
 @router.get(

@@ -27,6 +27,8 @@ Answer = TypeVar("Answer")
 
 _CLOSE_TIMEOUT = 2.0
 _RECOVER_TIMEOUT = 5.0
+_PATIENCE = 0.2
+"""Seconds that statements of cancelled callers may take to end by themselves, where there are no others."""
 _SPARE_LINGER = 30.0
 """Seconds that connections beyond ``pool_size`` stay open unused: opening one costs more than keeping it."""
 
@@ -87,12 +89,16 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     The session sets what only its dialect knows: ``is_dead`` (does the driver know that a connection is
     gone?), ``in_transaction`` (was a transaction left open?), ``recover`` (make an interrupted connection
-    usable again, or answer False) and ``connect_timeout`` (seconds). It lends nothing before ``reopen``.
+    usable again, or answer False), ``is_abandoned`` and ``end_abandoned`` (does the server still run what was
+    interrupted, and how does another connection end that?) and ``connect_timeout`` (seconds). It lends nothing before
+    ``reopen``.
     """
 
     is_dead: Callable[[Any], bool]
     in_transaction: Callable[[PooledConnection], bool]
     recover: Callable[[PooledConnection], Awaitable[bool]]
+    is_abandoned: Callable[[PooledConnection], bool]
+    end_abandoned: Callable[[PooledConnection, PooledConnection], Awaitable[None]]
     connect_timeout: float = 5.0
 
     def __init__(
@@ -106,6 +112,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._open = 0  # live connections, and places reserved for those being opened or closed
         self._waiters: deque[asyncio.Future[PooledConnection | None]] = deque()
         self._epoch = 0
+        self._abandoned = 0
         self._closed = True
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
@@ -143,11 +150,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._waiters.append(waiter)
         expiry = loop.call_later(self._timeout, self._expire, waiter)
         try:
-            connection = await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._pass_on(waiter.result())  # it was served and cancelled in the same moment
-            raise
+            connection = await self._served(waiter)
         finally:
             expiry.cancel()
         return connection if connection is not None else await self._open_one()
@@ -265,7 +268,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             self.release(connection)
 
     def _free_place(self) -> None:
-        while self._waiters:
+        while self._waiters and self._open <= self._limit:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)  # the place goes to the one that waits longest, who opens a connection
@@ -292,6 +295,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         try:
             async with asyncio.timeout(_RECOVER_TIMEOUT):
                 sound = connection.valid and await self.recover(connection)
+                if not sound and self.is_abandoned(connection):
+                    await self._end_abandoned(connection)
         except Exception:
             logger.debug("an interrupted connection could not be recovered", exc_info=True)
         finally:
@@ -301,6 +306,46 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             else:
                 connection.valid = False
                 await self._close(connection)
+
+    async def _end_abandoned(self, connection: PooledConnection) -> None:
+        """Have the server end what it runs for nobody: until then the connection counts there, whoever closed it here."""
+        self._abandoned += 1
+        helper = None
+        try:
+            helper = await self._take_first()
+            await self.end_abandoned(connection, helper)
+            self.release(helper)
+        except BaseException:
+            if helper is not None:
+                self.discard(helper)
+            raise
+        finally:
+            self._abandoned -= 1
+
+    async def _take_first(self) -> PooledConnection:
+        """Return a connection before all who wait for one."""
+        self.check_open()
+        connection = self.take()
+        if connection is not None:
+            return connection
+        if self._open >= self._limit:
+            if self._abandoned < self._open:
+                waiter: asyncio.Future[PooledConnection | None] = asyncio.get_running_loop().create_future()
+                self._waiters.appendleft(waiter)
+                connection = await self._served(waiter)
+                return connection if connection is not None else await self._open_one()
+            # Nobody will return one. Unless what they run ends by itself, it takes one too many for a moment.
+            await asyncio.sleep(_PATIENCE)
+        self._open += 1
+        return await self._open_one()
+
+    async def _served(self, waiter: "asyncio.Future[PooledConnection | None]") -> PooledConnection | None:
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._pass_on(waiter.result())  # it was served and cancelled in the same moment
+            raise
 
     def _trim(self) -> None:
         """Close the connections beyond ``pool_size`` that were idle all the time since the last look."""
@@ -319,7 +364,12 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         if record.dbapi_connection is None:
-            self._free_place()
+            broken: PooledConnection | None = record.info.get("pooled")
+            if broken is not None and self.is_abandoned(broken):
+                broken.valid = False
+                self.mend(broken)
+            else:
+                self._free_place()
         else:
             connection = self._wrap(record)
             connection.intact = False

@@ -55,7 +55,7 @@ class Observation:
         self._dialect = dialect
         self._observers: list[Observer] = []
         self._busy: set[Any] = set()  # connections with an operation on the way: what it is made of is not told again
-        for operation in ("fetch", "execute", "insert", "execute_many", "insert_many"):
+        for operation in ("fetch", "execute", "insert", "execute_many", "insert_many", "upsert_many"):
             setattr(dialect, operation, self._watched(getattr(dialect, operation)))
         for operation, name in _COMMANDS.items():
             setattr(dialect, operation, self._watched_command(getattr(dialect, operation), name))

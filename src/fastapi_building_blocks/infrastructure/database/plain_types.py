@@ -86,6 +86,22 @@ def utc_to_aware(value: Any) -> datetime | None:
     return None if value is None else to_utc(value)
 
 
+def _checked_to_wall_clock(value: datetime) -> datetime:
+    return value.replace(tzinfo=None)
+
+
+def _checked_to_text(value: datetime) -> str:
+    return value.isoformat(" ", "microseconds")[:26]
+
+
+CHECKED: dict[Any, Processor | None] = {
+    utc_to_aware: None,
+    utc_to_wall_clock: _checked_to_wall_clock,
+    utc_to_text: _checked_to_text,
+}
+"""What replaces a bind processor for values that ``to_utc`` has answered."""
+
+
 def utc_from_wall_clock(value: datetime | None) -> datetime | None:
     """Return the instant that ``utc_to_wall_clock`` was given."""
     return None if value is None else _UTC_EPOCH + (value - _WALL_CLOCK_EPOCH)

@@ -42,8 +42,8 @@ def driver_error(error: BaseException) -> BaseException:
     """Return the driver's own error under those that SQLAlchemy put around it."""
     if isinstance(error, StatementError) and error.orig is not None:
         error = error.orig
-    # An adapter that emulates the DBAPI's errors has the driver's own as the cause.
-    return error.driver_exception if isinstance(error, sa.exc.EmulatedDBAPIException) else error
+    # An adapter that emulates the DBAPI's errors has the driver's own, or at least was raised from it.
+    return error.orig or error.__cause__ or error if isinstance(error, sa.exc.EmulatedDBAPIException) else error
 
 
 def translate(error: Exception, dialect: PortableDialect, statement: Any = None) -> Exception:

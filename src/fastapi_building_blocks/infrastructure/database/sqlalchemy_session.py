@@ -35,6 +35,10 @@ _ASYNC_DRIVERS = {
     "mssql": ("aioodbc", "mssql"),
 }
 _EXTRAS = {"asyncmy": "asyncmy", **dict(_ASYNC_DRIVERS.values())}
+_REPLAYS = 5
+"""How often a statement is prepared anew when ALTER TABLE has made its plan stale."""
+_REPLAY_PAUSE = 0.02
+"""Seconds before the second of them; each later one waits as much longer."""
 _CONNECT_WINDOW = 60.0
 _CONNECT_FIRST_DELAY = 0.2
 _CONNECT_LONGEST_DELAY = 5.0
@@ -131,6 +135,8 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.is_dead = self.dialect.is_dead
         self._pool.in_transaction = self.dialect.in_transaction
         self._pool.recover = self.dialect.recover
+        self._pool.is_abandoned = self.dialect.is_abandoned
+        self._pool.end_abandoned = self.dialect.end_abandoned
         self._pool.connect_timeout = connect_timeout
         self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
 
@@ -145,7 +151,8 @@ class SQLAlchemySession(DatabaseSession):
         return self._is_connected
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._url.render_as_string(hide_password=True)!r})"
+        place = self._url.set(query={})  # there may be a password in the query
+        return f"{type(self).__name__}({place.render_as_string(hide_password=True)!r})"
 
     @property
     def dialect_name(self) -> str:
@@ -255,8 +262,8 @@ class SQLAlchemySession(DatabaseSession):
             answer = await operation(connection, statement, arguments)
         except Exception as error:
             failure = self._give_back_after(connection, error, statement)
-            if isinstance(failure, ConnectionLostError) and getattr(statement, "reads", False):
-                return await self._replay(operation, statement, arguments)
+            if self._may_replay(failure, error, statement):
+                return await self._replay(operation, statement, arguments, _REPLAYS)
             if failure is error:
                 raise
             raise failure from driver_error(error)
@@ -266,13 +273,23 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.release(connection)
         return answer
 
-    async def _replay(self, operation: Operation, statement: Any, arguments: Any) -> Any:
-        """Run a single read once more, whose connection turned out to be dead."""
+    def _may_replay(self, failure: Exception, error: Exception, statement: Any) -> bool:
+        """Whether a single statement may run on another connection: a read of a dead one, or any of a stale plan."""
+        if isinstance(failure, ConnectionLostError):
+            return bool(getattr(statement, "reads", False))
+        return self.dialect.plan_is_stale(driver_error(error))
+
+    async def _replay(self, operation: Operation, statement: Any, arguments: Any, replays: int) -> Any:
+        """Run a single statement once more, and again while its table keeps changing."""
         connection = await self._acquire()
         try:
             answer = await operation(connection, statement, arguments)
         except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
-            raise self._give_back_after(connection, error, statement) from driver_error(error)
+            failure = self._give_back_after(connection, error, statement)
+            if replays > 1 and self.dialect.plan_is_stale(driver_error(error)):
+                await asyncio.sleep(_REPLAY_PAUSE * (_REPLAYS - replays + 1))
+                return await self._replay(operation, statement, arguments, replays - 1)
+            raise failure from driver_error(error)
         except BaseException:
             self._pool.mend(connection)
             raise
@@ -280,24 +297,33 @@ class SQLAlchemySession(DatabaseSession):
         return answer
 
     async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
-        connection = self._pool.take() or await self._acquire()
-        try:
-            async with aclosing(operation(connection, statement, arguments)) as batches:
-                async for batch in batches:
-                    yield batch
-        except GeneratorExit:
-            connection.intact = False  # the consumer left early; the operation has closed its cursor
-            self._pool.release(connection)
-            raise
-        except Exception as error:
-            failure = self._give_back_after(connection, error, statement)
-            if failure is error:
+        replays = _REPLAYS
+        while True:
+            connection = self._pool.take() or await self._acquire()
+            begun = False
+            try:
+                async with aclosing(operation(connection, statement, arguments)) as batches:
+                    async for batch in batches:
+                        begun = True
+                        yield batch
+            except GeneratorExit:
+                connection.intact = False  # the consumer left early; the operation has closed its cursor
+                self._pool.release(connection)
                 raise
-            raise failure from driver_error(error)
-        except BaseException:
-            self._pool.mend(connection)
-            raise
-        self._pool.release(connection)
+            except Exception as error:
+                failure = self._give_back_after(connection, error, statement)
+                if replays and not begun and self._may_replay(failure, error, statement):
+                    await asyncio.sleep(_REPLAY_PAUSE * (_REPLAYS - replays))
+                    replays = 0 if isinstance(failure, ConnectionLostError) else replays - 1
+                    continue
+                if failure is error:
+                    raise
+                raise failure from driver_error(error)
+            except BaseException:
+                self._pool.mend(connection)
+                raise
+            self._pool.release(connection)
+            return
 
     async def _acquire(self) -> PooledConnection:
         try:
@@ -311,7 +337,7 @@ class SQLAlchemySession(DatabaseSession):
     def _give_back_after(self, connection: PooledConnection, error: Exception, statement: Any) -> Exception:
         """Return the connection after an error, or give it up, and say what to raise."""
         failure = translate(error, self.dialect, statement)
-        if isinstance(failure, ConnectionLostError):
+        if isinstance(failure, ConnectionLostError) or self.dialect.plan_is_stale(driver_error(error)):
             self._pool.discard(connection, distrust=True)
         elif failure is error and not isinstance(error, BuildingBlocksError):
             self._pool.mend(connection)  # not an answer of the database: the call may have ended midway
@@ -402,7 +428,7 @@ class _SQLAlchemyTransaction(TransactionBackend):
 
     async def commit(self) -> None:
         if self._dialect.transactional_ddl and not self._dialect.in_transaction(self._connection):
-            self._pool.release(self._connection)
+            self._pool.mend(self._connection)
             raise RuntimeError("a COMMIT or ROLLBACK of its own ended the transaction before the unit of work did")
         try:
             await self._dialect.commit(self._connection)
@@ -447,7 +473,7 @@ class _SQLAlchemyTransaction(TransactionBackend):
 
     def _translate(self, error: Exception, statement: Any = None) -> Exception:
         failure = translate(error, self._dialect, statement)
-        if isinstance(failure, ConnectionLostError):
+        if isinstance(failure, ConnectionLostError) or self._dialect.plan_is_stale(driver_error(error)):
             self._pool.distrust(self._connection)
         return failure
 

@@ -114,6 +114,7 @@ class ExactDecimal(TypeDecorator[Decimal]):
         if not 0 <= scale <= min(precision, 30):
             raise ValueError("scale is a number of digits from 0 to the precision, and at most 30")
         super().__init__(precision, scale)
+        self.asdecimal = True
         self.precision = precision
         self.scale = scale
         self._unit = Decimal((0, (1,), -scale))
@@ -162,6 +163,13 @@ class ExactDecimal(TypeDecorator[Decimal]):
             return None if number is None else f"{number + shift:0{width}d}"
 
         return sortable
+
+    def checked_bind_processor(self, dialect: Dialect) -> Processor | None:
+        """Return the same for values that ``exact`` has answered."""
+        if dialect.name != "sqlite":
+            return None
+        scale = self.scale
+        return self.bind_processor(dialect) if self.precision > 18 else lambda value: int(value.scaleb(scale))
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:
         """Return what makes SQL text of a value."""

@@ -3,7 +3,7 @@
 from sqlalchemy.engine import URL
 
 from .mssql import SQLServerDialect
-from .mysql import AiomysqlDialect, MySQLDialect
+from .mysql import AiomysqlDialect, AsyncmyDialect, MySQLDialect
 from .portable import PortableDialect, Timeouts
 from .postgresql import AsyncpgDialect, PostgreSQLDialect
 from .sqlite import AiosqliteDialect, SQLiteDialect
@@ -18,6 +18,7 @@ _PORTABLE: dict[str, type[PortableDialect]] = {
 _ON_THE_DRIVER: dict[str, type[PortableDialect]] = {
     "asyncpg": AsyncpgDialect,
     "aiomysql": AiomysqlDialect,
+    "asyncmy": AsyncmyDialect,
     "aiosqlite": AiosqliteDialect,
 }
 

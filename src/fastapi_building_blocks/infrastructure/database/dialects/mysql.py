@@ -1,8 +1,13 @@
 """MySQL and MariaDB, with aiomysql or asyncmy."""
 
+import asyncio
 import math
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,6 +35,7 @@ from .portable import Failure, PortableDialect, Row
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/ and
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+# A table that was altered after the transaction's snapshot is 1412 on MySQL, and InnoDB's own 159 on MariaDB.
 _BY_CODE: dict[int, type[BuildingBlocksError]] = {
     1062: DuplicateKeyError,
     1586: DuplicateKeyError,
@@ -49,6 +55,8 @@ _BY_CODE: dict[int, type[BuildingBlocksError]] = {
     1213: DeadlockError,
     1205: DeadlockError,
     1020: SerializationError,
+    1412: SerializationError,
+    159: SerializationError,
     3572: LockNotAvailableError,
     1792: UnsupportedOperationError,
     1969: StatementTimeoutError,
@@ -77,6 +85,10 @@ _REFUSALS = {
     "1040": "the server has too many connections",
     "2003": "the server cannot be reached",
 }
+_KILL_POLL = 0.005
+"""Seconds between two looks at whether a killed connection is gone."""
+_NO_CODE = 0
+_NO_SUCH_THREAD = "1094"
 _LOCK_WAIT_TIMEOUT = 1205
 _SUBQUERY_RETURNS_MORE_THAN_ONE_ROW = 1242
 _TWO_ROWS = "(SELECT 1 UNION ALL SELECT 2)"
@@ -84,6 +96,9 @@ _WRONG_VALUE = 1292
 _KEY_MARK = re.compile(r"'upsert met key (\d+)'$")
 _BAD_NULL, _NO_DEFAULT, _TOO_LONG, _OUT_OF_RANGE = 1048, 1364, 1406, 1264
 _SERVER_STATUS_IN_TRANSACTION = 1
+_INSERT = re.compile(r"(INSERT INTO .+? VALUES )(\((?:%s, )*%s\))((?: ON DUPLICATE KEY UPDATE .*)?)", re.DOTALL)
+_LONGEST_STATEMENT = 500_000
+"""Characters of an INSERT of many rows; one takes four bytes at most, and servers take 4 MiB at least."""
 
 
 class MySQLDialect(PortableDialect):
@@ -106,14 +121,17 @@ class MySQLDialect(PortableDialect):
 
     def prepare(self, engine: AsyncEngine) -> None:
         # Whatever the server's default: a value that does not fit is refused, never cut, and the key 0 stays 0.
-        strict = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES,NO_AUTO_VALUE_ON_ZERO')"
+        # The drivers escape with backslashes, so those have to mean what they say.
+        modes = "REPLACE(@@sql_mode, 'NO_BACKSLASH_ESCAPES', ''), ',STRICT_TRANS_TABLES,NO_AUTO_VALUE_ON_ZERO'"
+        strict = f"SET SESSION sql_mode = CONCAT({modes})"
         limit = self.timeouts.statement
 
         @sa.event.listens_for(engine.sync_engine, "connect")
-        def set_up(dbapi_connection: Any, _record: Any) -> None:
+        def set_up(dbapi_connection: Any, record: Any) -> None:
             cursor = dbapi_connection.cursor()
-            cursor.execute("SELECT VERSION()")
-            mariadb = "mariadb" in str(cursor.fetchone()[0]).lower()
+            cursor.execute("SELECT VERSION(), CONCAT(@@hostname, ':', @@port), CONNECTION_ID()")
+            version, *record.info["server"] = cursor.fetchone()
+            mariadb = "mariadb" in str(version).lower()
             cursor.execute(strict)
             if limit is not None:
                 cursor.execute(
@@ -138,8 +156,30 @@ class MySQLDialect(PortableDialect):
         return bool(connection.driver.server_status & _SERVER_STATUS_IN_TRANSACTION)
 
     def is_dead(self, driver: Any) -> bool:
-        reader = getattr(driver, "_reader", None)  # aiomysql; asyncmy tells by itself
-        return bool(reader.at_eof()) if reader is not None else not getattr(driver, "connected", False)
+        # Whatever arrived without being asked for is a farewell, or the rest of an answer that nobody read.
+        reader = getattr(driver, "_reader", None)  # aiomysql; asyncmy has a protocol of its own
+        if reader is not None:
+            return bool(reader.at_eof() or reader._buffer or reader.exception())
+        protocol = getattr(driver, "_proto", None)
+        return protocol is None or driver._stream_broken or protocol.length != protocol.pos
+
+    def is_abandoned(self, connection: PooledConnection) -> bool:
+        # A cancelled call closes its socket, which the server does not notice while it works or waits for a lock.
+        return getattr(connection.driver, "_close_reason", None) is not None
+
+    async def end_abandoned(self, connection: PooledConnection, helper: PooledConnection) -> None:
+        server, number = connection.info["server"]
+        if helper.info["server"][0] != server:  # behind one address there may be several
+            return
+        try:
+            await self.command(helper, f"KILL {number}")
+        except Exception as error:
+            if self.error_code(error) == _NO_SUCH_THREAD:
+                return
+            raise
+        listed = SimpleNamespace(sql=f"SELECT 1 FROM information_schema.processlist WHERE id = {number}")  # noqa: S608
+        while await self.fetch(helper, listed, ()):  # noqa: ASYNC110 - the server says when, if it is asked
+            await asyncio.sleep(_KILL_POLL)
 
     def error_code(self, error: BaseException) -> str | None:
         code = error.args[0] if error.args else None
@@ -149,8 +189,10 @@ class MySQLDialect(PortableDialect):
         if isinstance(error, OSError | EOFError):
             return Failure(ConnectionLostError)
         code = error.args[0] if error.args else None
-        if not isinstance(code, int):
-            return Failure(ConnectionLostError) if type(error).__name__ == "InterfaceError" else None
+        if not isinstance(code, int) or code == _NO_CODE:
+            # The driver's own: it is not connected, or the server's packets have come out of turn.
+            is_lost = type(error).__name__ in ("InterfaceError", "InternalError")
+            return Failure(ConnectionLostError) if is_lost else None
         message = str(error.args[1]) if len(error.args) > 1 else ""
         if code == _LOCK_WAIT_TIMEOUT and getattr(statement, "lock", None) == "nowait":
             return Failure(LockNotAvailableError)  # MariaDB has no code of its own for NOWAIT
@@ -237,22 +279,56 @@ def _last_quoted(message: str) -> str:
     return message.rstrip("'").rpartition("'")[2]
 
 
+def _text_literal(value: str) -> str:
+    if "\\" in value or "'" in value:
+        value = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{value}'"
+
+
+def _moment_literal(value: datetime) -> str:
+    return f"'{value.replace(tzinfo=None).isoformat(' ')}'"
+
+
+_LITERALS: dict[type, Callable[[Any], str]] = {
+    type(None): lambda _: "NULL",
+    bool: lambda value: "1" if value else "0",
+    int: int.__repr__,
+    str: _text_literal,
+    datetime: _moment_literal,
+    Decimal: lambda value: format(value, "f"),
+}
+
+
+def _literals(driver: Any, values: Sequence[Any]) -> tuple[str, ...]:
+    """Return values as SQL, the frequent kinds quicker than the driver does. Sessions have backslash escapes on."""
+    return tuple(
+        [_LITERALS[kind](value) if (kind := type(value)) in _LITERALS else driver.literal(value) for value in values]
+    )
+
+
+@lru_cache(maxsize=1024)
+def _bulk_parts(sql: str) -> tuple[str, str, str] | None:
+    """Split an INSERT into what comes before one row's values, the row, and the rest; None where it cannot be."""
+    found = _INSERT.fullmatch(sql)
+    return (found[1] % (), found[2], found[3] % ()) if found and "%s" not in found[3] else None
+
+
 class AiomysqlDialect(MySQLDialect):
-    """MySQL and MariaDB on the driver's own connection, without a cursor; asyncmy has the same one."""
+    """MySQL and MariaDB on the driver's own connection, without a cursor where none is needed."""
 
     async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
         driver = connection.driver
-        await driver.query(statement.sql % tuple(map(driver.literal, arguments)))
+        await driver.query(statement.sql % _literals(driver, arguments))
         return driver._result.rows or ()
 
     async def execute(self, connection: PooledConnection, statement: Any, arguments: Any) -> int:
         driver = connection.driver
-        await driver.query(statement.sql % tuple(map(driver.literal, arguments)))
+        await driver.query(statement.sql % _literals(driver, arguments))
         return driver._result.affected_rows  # type: ignore[no-any-return]
 
     async def insert(self, connection: PooledConnection, statement: Any, arguments: Any) -> Any:
         driver = connection.driver
-        await driver.query(statement.sql % tuple(map(driver.literal, arguments)))
+        await driver.query(statement.sql % _literals(driver, arguments))
         return driver._result.insert_id
 
     async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
@@ -261,13 +337,27 @@ class AiomysqlDialect(MySQLDialect):
             touched += await self.execute(connection, statement, row)
         return touched
 
-    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
-        cursor = await connection.driver.cursor(connection.dbapi.Cursor)
-        try:
-            await cursor.executemany(statement.sql, rows)  # one INSERT of many VALUES for each packet
-        finally:
-            await cursor.close()
+    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Any) -> int:
+        parts = _bulk_parts(statement.sql)
+        if parts is None:
+            await self.execute_many(connection, statement, rows)
+            return len(rows)
+        driver = connection.driver
+        head, row_of, tail = parts
+        pieces: list[str] = []
+        size = 0
+        for row in rows:
+            piece = row_of % _literals(driver, row)
+            size += len(piece)
+            if size > _LONGEST_STATEMENT and pieces:
+                await driver.query(f"{head}{','.join(pieces)}{tail}")
+                pieces, size = [], len(piece)
+            pieces.append(piece)
+        await driver.query(f"{head}{','.join(pieces)}{tail}")
         return len(rows)
+
+    async def upsert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        return await self.insert_many(connection, statement, rows)
 
     async def command(self, connection: PooledConnection, sql: str) -> None:
         await connection.driver.query(sql)
@@ -276,10 +366,22 @@ class AiomysqlDialect(MySQLDialect):
         self, connection: PooledConnection, statement: Any, arguments: tuple[Any, int]
     ) -> AsyncGenerator[Sequence[Row], None]:
         values, size = arguments
-        cursor = await connection.driver.cursor(connection.dbapi.SSCursor)
+        cursor = await connection.driver.cursor(self._streaming_cursor(connection))
         await cursor.execute(statement.sql, values)
         try:
             while rows := await cursor.fetchmany(size):
                 yield rows
-        finally:
-            await cursor.close()  # reads what is left: the protocol has no other way to stop
+        except GeneratorExit:
+            if connection.valid:  # given up meanwhile, it is closed
+                await cursor.close()  # reads what is left: the protocol has no other way to stop
+            raise
+
+    def _streaming_cursor(self, connection: PooledConnection) -> Any:
+        return connection.dbapi.SSCursor
+
+
+class AsyncmyDialect(AiomysqlDialect):
+    """MySQL and MariaDB on asyncmy's connection, which has aiomysql's methods and its own cursors."""
+
+    def _streaming_cursor(self, connection: PooledConnection) -> Any:
+        return connection.dbapi.asyncmy.cursors.SSCursor

@@ -74,6 +74,8 @@ class PortableDialect:
     """Whether an enumeration is a type of its own, ordered and compared as it is declared."""
     array_parameters = False
     """Whether a list may be one parameter: ``= ANY(:values)``."""
+    streams_inserts = False
+    """Whether ``insert_many`` takes rows from an asynchronous iterator while they are made."""
     streams_in_transaction = False
     """Whether a cursor lives in a transaction only."""
     transactional_ddl = False
@@ -133,9 +135,14 @@ class PortableDialect:
         touched: int = await self.spawn(connection, self._run_many, connection, statement.sql, rows)
         return touched
 
-    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Any) -> int:
         """Insert rows of values in the order of ``statement.columns``, by the fastest way the driver has."""
         return await self.execute_many(connection, statement, rows)
+
+    async def upsert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        """Run an upsert once for each row of arguments, in their order, and return how many there were."""
+        await self.execute_many(connection, statement, rows)
+        return len(rows)
 
     async def batches(
         self, connection: PooledConnection, statement: Any, arguments: tuple[Any, int]
@@ -213,6 +220,13 @@ class PortableDialect:
         """Make a connection whose call was interrupted sound again, or answer False: it is closed."""
         return False
 
+    def is_abandoned(self, connection: PooledConnection) -> bool:
+        """Whether the server may still run a statement for a connection that the driver has closed."""
+        return False
+
+    async def end_abandoned(self, connection: PooledConnection, helper: PooledConnection) -> None:
+        """Have the server end that statement and the connection, by a command on another one."""
+
     # Errors
 
     def error_code(self, error: BaseException) -> str | None:
@@ -226,6 +240,13 @@ class PortableDialect:
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         """Say what a driver's error means, by its code; None: it is not known."""
         return None
+
+    def plan_is_stale(self, error: BaseException) -> bool:
+        """Whether a driver's error says that nothing was done, because the statement was prepared before its table changed.
+
+        Other connections may have prepared it then, too.
+        """
+        return False
 
     def columns_of(self, constraint: str, table: sa.Table) -> tuple[str, ...]:
         """Return the columns of a unique constraint by the name that the database reports."""

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
-from sqlalchemy.types import TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from fastapi_building_blocks.domain.errors import (
     BuildingBlocksError,
@@ -60,6 +60,8 @@ _REFUSALS = {
     "53300": "the server has too many connections",
     "57P03": "the server is starting up or shutting down",
 }
+_BATCH = 5_000
+"""Rows of a bulk INSERT that are in memory at once, where COPY cannot take them."""
 
 
 class PostgreSQLDialect(PortableDialect):
@@ -133,12 +135,17 @@ class PostgreSQLDialect(PortableDialect):
         code = getattr(error, "sqlstate", None)
         if not code:
             return Failure(ConnectionLostError) if isinstance(error, OSError) or _is_closed(error) else None
+        if self.plan_is_stale(error):
+            return Failure(SerializationError)
         kind = _BY_CODE.get(code) or _BY_CLASS.get(code[:2])
         if kind is None:
             return None
         column = getattr(error, "column_name", None)
         columns = (column,) if column else _columns_in(getattr(error, "detail", None)) if code == "23505" else ()
         return Failure(kind, getattr(error, "constraint_name", None), columns)
+
+    def plan_is_stale(self, error: BaseException) -> bool:
+        return type(error).__name__ == "InvalidCachedStatementError"  # its code means any feature not supported
 
     def text_search(self, operator: Operator, column: Any, operand: Any) -> Any:
         if operator is Operator.ICONTAINS:
@@ -178,13 +185,17 @@ def _columns_in(detail: str | None) -> tuple[str, ...]:
 
 def _bound_by_sql(column: sa.Column[Any]) -> bool:
     """Whether a value goes through an SQL function on its way into the column, which COPY cannot call."""
-    return type(column.type).bind_expression is not TypeEngine.bind_expression
+    kind: Any = column.type
+    while isinstance(kind, TypeDecorator) and type(kind).bind_expression is TypeDecorator.bind_expression:
+        kind = kind.impl
+    return type(kind).bind_expression is not TypeEngine.bind_expression
 
 
 class AsyncpgDialect(PostgreSQLDialect):
     """PostgreSQL on asyncpg's own connection: prepared statements by SQL text, COPY, pipelined batches."""
 
     counts_by_returning = True
+    streams_inserts = True
 
     async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
         return await connection.driver.fetch(statement.sql, *arguments)  # type: ignore[no-any-return]
@@ -198,18 +209,32 @@ class AsyncpgDialect(PostgreSQLDialect):
         # The statement has RETURNING: asyncpg pipelines it for all rows, and what comes back is what was touched.
         return len(await connection.driver.fetchmany(statement.sql, rows))
 
-    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
-        if not statement.columns:  # COPY would take no columns for all of them
-            await connection.driver.executemany(statement.sql, rows)
-            return len(rows)
-        if any(map(_bound_by_sql, statement.columns)):
-            await connection.driver.executemany(statement.sql, rows)
-            return len(rows)
+    async def upsert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
+        await connection.driver.executemany(statement.sql, rows)
+        return len(rows)
+
+    async def insert_many(self, connection: PooledConnection, statement: Any, rows: Any) -> int:
+        # COPY would take no columns for all of them, and calls no functions.
+        if not statement.columns or any(map(_bound_by_sql, statement.columns)):
+            return await self._insert_one_by_one(connection, statement.sql, rows)
         table = statement.table
-        await connection.driver.copy_records_to_table(
+        status: str = await connection.driver.copy_records_to_table(
             table.name, records=rows, columns=[column.name for column in statement.columns], schema_name=table.schema
         )
-        return len(rows)
+        return int(status.rpartition(" ")[2])
+
+    async def _insert_one_by_one(self, connection: PooledConnection, sql: str, rows: Any) -> int:
+        if isinstance(rows, list):
+            await connection.driver.executemany(sql, rows)
+            return len(rows)
+        batch: list[Row] = []
+        count = 0
+        async for row in rows:
+            batch.append(row)
+            if len(batch) == _BATCH:
+                count += await self._insert_one_by_one(connection, sql, batch)
+                batch = []
+        return count + await self._insert_one_by_one(connection, sql, batch)
 
     async def command(self, connection: PooledConnection, sql: str) -> None:
         await connection.driver.execute(sql)

@@ -87,9 +87,10 @@ class SQLiteDialect(PortableDialect):
     refusals = _REFUSALS
 
     def pool_size(self, url: URL, pool_size: int, max_overflow: int) -> tuple[int, int]:
-        # Each connection to :memory: is a database of its own, so there is one, taken in turn.
+        # Each connection to :memory: is a database of its own, and those to a shared cache do not wait for each
+        # other's locks (SQLITE_LOCKED), so there is one, taken in turn.
         self.in_memory = url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
-        return (1, 0) if self.in_memory and "cache" not in url.query else (pool_size, max_overflow)
+        return (1, 0) if self.in_memory else (pool_size, max_overflow)
 
     def prepare(self, engine: AsyncEngine) -> None:
         @sa.event.listens_for(engine.sync_engine, "connect")
@@ -263,7 +264,8 @@ class AiosqliteDialect(SQLiteDialect):
             while rows := await self._call(connection, _fetch_some, cursor, size):
                 yield rows
         finally:
-            await connection.driver._execute(cursor.close)
+            if connection.valid:  # given up meanwhile, it is closed and the cursor with it
+                await connection.driver._execute(cursor.close)
 
 
 def _fetch(connection: sqlite3.Connection, sql: str, arguments: Any) -> list[Any]:

@@ -431,7 +431,27 @@ def _operand_rule(kind: TypeEngine[Any]) -> Rule:
 
 def _inline_text(kind: Any) -> tuple[str, Mapping[str, Any]]:
     limit = "" if kind.length is None else f" and len(v) <= {kind.length:d}"
-    return f"type(v) is str{limit} and v.isascii() and '\\0' not in v", {}
+    source = f"type(v) is str{limit} and '\\0' not in v and (v.isascii() or _is_encodable(v))"
+    return source, {"_is_encodable": _is_encodable}
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _inline_decimal(kind: Any) -> tuple[str, Mapping[str, Any]] | None:
+    if kind.precision is None or not kind.asdecimal:
+        return None
+    scale = kind.scale or 0
+    unit, bound = f"unit_{scale}", f"bound_{kind.precision}_{scale}"
+    # Of the column's own scale, within its digits, and no negative zero.
+    source = f"type(v) is Decimal and v.same_quantum({unit}) and -{bound} < v < {bound} and (v or not v.is_signed())"
+    values = {unit: Decimal((0, (1,), -scale)), bound: Decimal(10) ** (kind.precision - scale)}
+    return source, {"Decimal": Decimal, **values}
 
 
 def _inline_integer(kind: Any) -> tuple[str, Mapping[str, Any]]:
@@ -454,6 +474,7 @@ def _inline_float(kind: Any) -> tuple[str, Mapping[str, Any]]:  # noqa: ARG001
 
 _INLINE: tuple[tuple[type[Any], Callable[[Any], tuple[str, Mapping[str, Any]] | None]], ...] = (
     (UtcDateTime, lambda _: ("type(v) is datetime and v.tzinfo is UTC", {"datetime": datetime, "UTC": UTC})),
+    (ExactDecimal, _inline_decimal),
     (BinaryString, _inline_text),
     (TypeDecorator, lambda _: None),
     (sa.Enum, lambda _: None),
@@ -461,6 +482,7 @@ _INLINE: tuple[tuple[type[Any], Callable[[Any], tuple[str, Mapping[str, Any]] | 
     (sa.Boolean, lambda _: ("v is True or v is False", {})),
     (sa.Integer, _inline_integer),
     (sa.Float, _inline_float),
+    (sa.Numeric, _inline_decimal),
     (sa.Uuid, _inline_uuid),
     (sa.DateTime, _inline_date_time),
     (sa.Date, lambda _: ("type(v) is date", {"date": date})),

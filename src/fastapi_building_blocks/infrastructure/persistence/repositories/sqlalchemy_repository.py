@@ -1,12 +1,15 @@
 """The repository on any SQL database: Core tables in, entities out, at the driver's speed."""
 
+import asyncio
 import copy
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
@@ -39,6 +42,13 @@ Values = list[Any]
 _BATCH = 5_000
 """Entities of a bulk write that are in memory at once."""
 _LONGEST_KEY_LIST = 256
+_HEAD = 1_000
+"""Entities that are checked before the first of them is sent."""
+_LONGEST_RUN = 2.0
+"""Seconds that one INSERT may go on while entities are read: its statement timeout is running."""
+_TURN = 256
+"""Entities that are read before other tasks have their turn."""
+_NO_PLACES: frozenset[int] = frozenset()
 _UPSERT_ATTEMPTS = 10
 """How often an upsert that is a transaction of its own is tried when it meets deadlocks."""
 
@@ -246,7 +256,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         names = self._written(values)
         arguments = self._versioned(values)
         versioned = self.version_column is not None
-        if not self._sql.changed_by_database and MISSING not in values:
+        if not self._sql.changed_by_database and not self._is_partial(values):
             statement = self._sql.update(names, versioned, self._deleted_too, "")
             touched = await self._session.perform(self._sql.dialect.execute, statement, statement.bind(arguments))
             if not touched:
@@ -438,13 +448,38 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
     # Writes: many entities
 
     async def add_many(self, entities: Iterable[T]) -> int:
+        if self._sql.dialect.streams_inserts:
+            return await self._add_streamed(entities)
+
+        def prepare(entity: T) -> tuple[Values, frozenset[int]]:
+            row = self._new_row(self._dump(entity))
+            return row.values, row.omitted
+
         async def write(unit: DatabaseSession, rows: list[tuple[Values, frozenset[int]]]) -> None:
             for omitted, group in _grouped(rows):
                 statement = self._sql.insert(omitted, False)
                 bound = [statement.bind(values) for values in group]
                 await unit.perform(self._sql.dialect.insert_many, statement, bound)
 
-        return await self._in_batches(entities, lambda entity: self._new_row(self._dump(entity))[:2], write)
+        return await self._in_batches(entities, prepare, write)
+
+    async def _add_streamed(self, entities: Iterable[T]) -> int:
+        """Write entities while they are read and checked, so that the database works meanwhile."""
+        run: _Run[T] = _Run(iter(entities), lambda entity: self._new_row(self._dump(entity)))
+        if not run.read_on():
+            return 0
+        async with self._atomic() as unit, unit.all_or_none() if self._session.in_transaction else _nothing():
+            while run.read_on():
+                statement = self._sql.insert(run.omitted, False)
+                async with aclosing(run.rows(statement.bind)) as rows:
+                    await unit.perform(self._sql.dialect.insert_many, statement, rows)
+                if run.error is not None:
+                    raise run.error
+                for omitted, values in run.take_others():
+                    statement = self._sql.insert(omitted, False)
+                    bound = [statement.bind(row) for row in values]
+                    await unit.perform(self._sql.dialect.insert_many, statement, bound)
+        return run.count
 
     async def upsert_many(self, entities: Iterable[T], on: Sequence[str] | None = None) -> int:
         keys = self._conflict_key(on)
@@ -456,9 +491,9 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
         async def write(unit: DatabaseSession, rows: list[tuple[Values, Any]]) -> None:
             for (omitted, defaulted), group in _runs(rows):
-                statement = self._sql.upsert(omitted, defaulted, keys, self._sql.dialect.counts_by_returning)
+                statement = self._sql.upsert(omitted, defaulted, keys, False)
                 bound = [statement.bind(values) for values in group]
-                await unit.perform(self._sql.dialect.execute_many, statement, bound)
+                await unit.perform(self._sql.dialect.upsert_many, statement, bound)
 
         return await self._in_batches(entities, prepare, write)
 
@@ -558,8 +593,9 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         return f"{self._sql.table.fullname}|{order!r}|{parts!r}|{self._deleted_too}"
 
     def _new_row(self, dumped: Sequence[Any]) -> "_NewRow":
+        sql = self._sql
         values = list(dumped)
-        omitted = [*self._sql.never_written]
+        left: list[int] = []
         defaulted: list[int] = []
         now: datetime | None = None
         for place, fill in self._declaration.fills:
@@ -568,19 +604,25 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
                     now = now or self._now()
                     values[place] = now
                 elif fill == "database":
-                    omitted.append(place)
+                    left.append(place)
                 else:
                     values[place] = fill()
                     defaulted.append(place)
-        if MISSING in values:
-            omitted += [place for place, value in enumerate(values) if value is MISSING and place not in omitted]
-        for name in self._declaration.key:
-            if values[self._sql.place(name)] is None and self._sql.place(name) not in omitted:
+        if self._is_partial(values):
+            left += [place for place, value in enumerate(values) if value is MISSING]
+        omitted = sql.never_written.union(left) if left else sql.never_written
+        for place in sql.key_places:
+            if values[place] is None and place not in omitted:
+                name = self._declaration.mapping.names[place]
                 raise ConstraintError(f"{name}: a value is required", fields=(name,))
-        if self.soft_delete_column is not None and defaulted:
-            revived = self._sql.place(self.soft_delete_column)
-            defaulted = [place for place in defaulted if place != revived]
-        return _NewRow(values, frozenset(omitted), frozenset(defaulted))
+        if not defaulted:
+            return _NewRow(values, omitted, _NO_PLACES)
+        revived = None if self.soft_delete_column is None else sql.place(self.soft_delete_column)
+        return _NewRow(values, omitted, frozenset(place for place in defaulted if place != revived))
+
+    def _is_partial(self, values: Sequence[Any]) -> bool:
+        """Whether a hand-written mapper has left columns out."""
+        return self._declaration.writes_by_hand and any(value is MISSING for value in values)
 
     def _upserted_row(self, entity: T) -> "_NewRow":
         values = list(self._dump(entity))
@@ -595,15 +637,15 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         return self._entity(self._sql.load_values([values])[0])
 
     def _key_in(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        key = tuple(values[self._sql.place(name)] for name in self._declaration.key)
-        if None in key or MISSING in key:
+        key = tuple([values[place] for place in self._sql.key_places])
+        if any(value is None or value is MISSING for value in key):
             raise InvalidInputError("the entity has no key", fields=self._declaration.key)
         return key
 
     def _written(self, values: Values) -> tuple[str, ...]:
         """Return the names of the columns that an update writes; those that change by themselves get their value."""
         names = self._sql.always_written
-        if MISSING not in values:
+        if not self._is_partial(values):
             return names
         for name, fill in self._declaration.update_fills.items():
             if values[self._sql.place(name)] is MISSING:
@@ -684,6 +726,56 @@ class _NewRow(NamedTuple):
     """The places that the database fills."""
     defaulted: frozenset[int]
     """The places that hold a default, which an upsert does not write over what is there."""
+
+
+class _Run(Generic[T]):
+    """Rows of one INSERT that is sent while its entities are read: those that the first one's statement fits.
+
+    It ends after ``_LONGEST_RUN`` seconds, when ``_BATCH`` rows that need other statements have come together, or with
+    the entities. An error of an entity ends it as well, and is left in ``error``: what the database has by then is
+    undone by whoever began the transaction.
+    """
+
+    def __init__(self, entities: Iterator[T], prepare: Callable[[T], _NewRow]) -> None:
+        self._prepared = map(prepare, entities)
+        self._head: deque[_NewRow] = deque()
+        self._others: dict[frozenset[int], list[Values]] = {}
+        self.count = 0
+        self.error: Exception | None = None
+
+    def read_on(self) -> bool:
+        """Check the first entities of the next run, and answer whether there are any."""
+        self._head.extend(islice(self._prepared, _HEAD - len(self._head)))
+        return bool(self._head)
+
+    @property
+    def omitted(self) -> frozenset[int]:
+        """The places that the database fills in this run."""
+        return self._head[0].omitted
+
+    async def rows(self, bind: Callable[[Values], Any]) -> AsyncGenerator[Any, None]:
+        """Yield the run's rows as the driver takes them, and let other tasks work in between."""
+        omitted, others = self.omitted, 0
+        end = time.monotonic() + _LONGEST_RUN
+        try:
+            while row := self._head.popleft() if self._head else next(self._prepared, None):
+                self.count += 1
+                if row.omitted == omitted:
+                    yield bind(row.values)
+                else:
+                    self._others.setdefault(row.omitted, []).append(row.values)
+                    others += 1
+                if self.count % _TURN == 0:
+                    await asyncio.sleep(0)
+                    if others >= _BATCH or time.monotonic() > end:
+                        return
+        except Exception as error:  # noqa: BLE001 - the caller's own as well; raised again outside of the driver
+            self.error = error
+
+    def take_others(self) -> Iterable[tuple[frozenset[int], list[Values]]]:
+        """Return the rows that need other statements, by the places that the database fills."""
+        others, self._others = self._others, {}
+        return others.items()
 
 
 @asynccontextmanager

@@ -11,6 +11,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.types import TypeDecorator
 
+from fastapi_building_blocks.infrastructure.database.plain_types import CHECKED
+from fastapi_building_blocks.infrastructure.database.types import ExactDecimal
+
 Values = Sequence[Any]
 
 _PREFIX = "arg__"
@@ -141,9 +144,16 @@ def _binder(compiled: Any, dialect: Dialect) -> Callable[[Values], tuple[Any, ..
 
 
 def bind_processor(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
-    """Return what turns a Python value into the driver's, or None where it is the same."""
+    """Return what turns a Python value into the driver's, or None where it is the same.
+
+    The value has passed the column rules, which leave little to do for the types that those know.
+    """
+    if type(kind) is sa.Boolean:
+        return None  # every driver takes True and False
+    if isinstance(kind, ExactDecimal):
+        return kind.checked_bind_processor(dialect)
     processor: Callable[[Any], Any] | None = kind.dialect_impl(dialect).bind_processor(dialect)
-    return processor
+    return CHECKED.get(processor, processor)
 
 
 def result_processor(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:

@@ -75,6 +75,7 @@ class TableStatements(Generic[T]):
         self.always_written = tuple(name for name in mapping.names if name not in declaration.kept_by_update)
         self.never_written = frozenset(self._places[name] for name in declaration.never_written)
         """The places of the columns that no statement writes."""
+        self.key_places = tuple(self._places[name] for name in declaration.key)
         self.changed_by_database = bool(self._created_at or self.never_written) or any(
             column.server_onupdate is not None for column in self._columns
         )

@@ -1,0 +1,101 @@
+"""The command line: ``python -m benchmarks --help``."""
+
+import argparse
+import asyncio
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+# advanced-alchemy's mixins use a decorator that SQLAlchemy 2.1 deprecates.
+warnings.filterwarnings("ignore", message="The declarative_mixin decorator")
+
+from . import report  # noqa: E402
+from .databases import CONTESTANTS  # noqa: E402
+from .measure import Result, measure_database  # noqa: E402
+from .operations import OPERATIONS, WrongAnswerError  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "build" / "benchmarks.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+PICTURE = ROOT / "docs" / "benchmarks.svg"
+ROUNDS = 7
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure raw drivers, SQLAlchemy Core by hand, this library, advanced-alchemy, FastCRUD and SQLModel "
+        "in one interleaved run. PostgreSQL and MariaDB or MySQL are found by POSTGRES_URL and MYSQL_URL or on their "
+        "default local ports, and each gets a private database that is dropped afterwards.",
+        epilog=f"Operations: {', '.join(OPERATIONS)}. Everything that was measured is left in build/benchmarks.json.",
+    )
+    parser.add_argument("--db", type=_some_of(CONTESTANTS), default=list(CONTESTANTS), help="postgres,mysql,sqlite")
+    parser.add_argument("--ops", type=_some_of(OPERATIONS), default=list(OPERATIONS), help="for example get,page")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="default %(default)s; of the longest operations at most 3"
+    )
+    parser.add_argument("--rows", type=int, default=200_000, help="in the table; default %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.1, help="for a contestant in a round; default %(default)s")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and .svg from a partial run too")
+    return parser.parse_args(argv)
+
+
+def _some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := set(chosen) - set(known):
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        return [name for name in known if name in chosen]
+
+    return names
+
+
+async def measure(options: argparse.Namespace) -> list[Result]:
+    started = time.perf_counter()
+
+    def log(line: str) -> None:
+        print(f"{time.perf_counter() - started:6.0f} s  {line}", flush=True)
+
+    results = []
+    for name in options.db:
+        result = await measure_database(
+            name,
+            [OPERATIONS[operation] for operation in options.ops],
+            rows=options.rows,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            log=log,
+        )
+        if result is None:
+            log(f"no {name} here: skipped")
+        else:
+            results.append(result)
+    return results
+
+
+def main() -> None:
+    options = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the private databases are dropped then too
+    try:
+        results = asyncio.run(measure(options))
+    except WrongAnswerError as error:
+        raise SystemExit(f"A wrong answer, so nothing is measured: {error}") from error
+    report.save(results, RESULTS)
+    for result in results:
+        print(f"\n{report.terminal(result)}")
+    whole = len(results) == len(CONTESTANTS) and options == arguments([])
+    if options.write or whole:
+        from .plot import plot  # noqa: PLC0415 - a large import, after everything was timed
+
+        command = "make bench" if whole else f"python -m benchmarks {shlex.join(sys.argv[1:])}"
+        PAGE.write_text(report.page(results, command, PICTURE.name))
+        plot(report.panels(results), "time as a multiple of this library's (left of 1x is faster)", PICTURE)
+        print(f"\nWritten: {PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

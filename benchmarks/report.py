@@ -1,0 +1,227 @@
+"""Tables as text and Markdown, and the pages made of them."""
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from os import cpu_count
+from pathlib import Path
+from typing import NamedTuple
+
+from .goals import judged
+from .measure import Result
+from .operations import OPERATIONS
+
+PACKAGES = (
+    "SQLAlchemy",
+    "asyncpg",
+    "aiomysql",
+    "asyncmy",
+    "aiosqlite",
+    "advanced-alchemy",
+    "fastcrud",
+    "sqlmodel",
+)
+
+
+class Table(NamedTuple):
+    """Rows of text under headings; the first column is a label, the others align to the right."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def text(self) -> str:
+        lines = [self.headings, *self.rows]
+        widths = [max(len(line[place]) for line in lines) for place in range(len(self.headings))]
+        lines.insert(1, ["-" * width for width in widths])
+        return "\n".join(
+            "  ".join(
+                value.rjust(width) if place else value.ljust(width)
+                for place, (value, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def markdown(self) -> str:
+        rule = ["---", *["---:"] * (len(self.headings) - 1)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (self.headings, rule, *self.rows))
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time with three digits and its unit."""
+    if seconds is None:
+        return ""
+    value, unit = (seconds * 1e6, "µs") if seconds < 1e-3 else (seconds * 1e3, "ms") if seconds < 1 else (seconds, "s")
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+# What was measured, as tables
+
+
+def contestants_of(result: Result) -> list[str]:
+    """Return the names of everybody who took part in something, in their order."""
+    return list(dict.fromkeys(name for cells in result.cells.values() for name in cells))
+
+
+def times(result: Result, clock: str = "wall") -> Table:
+    """Return the median time per call of everybody; of a unit of work, per statement."""
+    everybody = contestants_of(result)
+    return Table(
+        ["operation", *everybody],
+        [
+            [OPERATIONS[name].title, *(duration(result.median(name, one, clock)) for one in everybody)]
+            for name in result.cells
+        ],
+    )
+
+
+def ratios(result: Result) -> Table:
+    """Return the time of everybody as a multiple of ours."""
+    everybody = [name for name in contestants_of(result) if name != "ours"]
+    return Table(
+        ["operation", *everybody],
+        [
+            [
+                OPERATIONS[name].title,
+                *(
+                    "" if ratio is None else f"{ratio:.2f}"
+                    for ratio in (result.ratio(name, one, "ours") for one in everybody)
+                ),
+            ]
+            for name in result.cells
+        ],
+    )
+
+
+def verdicts(result: Result) -> Table:
+    """Return every goal that was measured, and whether it is met."""
+    return Table(
+        ["operation", "ratio", "goal", "measured", ""],
+        [
+            [
+                OPERATIONS[goal.operation].title,
+                goal.describe(),
+                f"{'≥' if goal.at_least else '≤'} {goal.limit:g}",
+                f"{ratio:.2f}",
+                "met" if goal.is_met(ratio) else "MISSED",
+            ]
+            for goal, ratio in judged(result)
+        ],
+    )
+
+
+def panels(results: Sequence[Result]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return what the plot shows: everybody's time as a multiple of ours."""
+    return {
+        result.version: {
+            OPERATIONS[name].title: {
+                series: ratio
+                for one in contestants_of(result)
+                if (series := _series(one)) and (ratio := result.ratio(name, one, "ours")) is not None
+            }
+            for name in result.cells
+        }
+        for result in results
+    }
+
+
+def _series(contestant: str) -> str | None:
+    """Return by which name a contestant is in the plot; None for those that are in the tables only."""
+    if contestant in ("ours", "ours on asyncmy", "raw asyncmy", "core, SQLite's defaults"):
+        return None
+    named = {"core": "SQLAlchemy Core by hand", "bare asyncpg": "driver without pool reset"}
+    if contestant.startswith("raw "):
+        return "driver with its pool"
+    return named.get(contestant, contestant)
+
+
+def environment() -> Table:
+    """Return what it was measured on, and with which versions."""
+    rows = [["Python", platform.python_version()], ["processor", f"{_processor()}, {cpu_count()} cores"]]
+    for package in PACKAGES:
+        try:
+            rows.append([package, version(package)])
+        except PackageNotFoundError:
+            continue
+    return Table(["what", "which"], rows)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+def terminal(result: Result) -> str:
+    """Return all tables about one database as text."""
+    missed = sum(not goal.is_met(ratio) for goal, ratio in judged(result))
+    return "\n\n".join(
+        [
+            f"=== {result.version}, {result.rows:,} rows: wall time per call, median",
+            times(result).text(),
+            "--- CPU time of this process per call, median",
+            times(result, "cpu").text(),
+            "--- wall time as a multiple of ours",
+            ratios(result).text(),
+            f"--- goals ({missed} missed)",
+            verdicts(result).text(),
+        ]
+    )
+
+
+def page(results: Sequence[Result], command: str, picture: str, more: Sequence[str] = ()) -> str:
+    """Return docs/benchmarks.md; ``more`` is Markdown about what else was measured."""
+    today = datetime.now(UTC).date()
+    parts = [
+        "# Benchmarks",
+        f"Written by `{command}` on {today}. The command measures again, on your machine.",
+        f"![Time of each operation as a multiple of this library's]({picture})",
+        _ABOUT,
+        environment().markdown(),
+    ]
+    for result in results:
+        parts += [
+            f"## {result.version}",
+            f"{result.rows:,} rows. Wall time per call:",
+            times(result).markdown(),
+            "CPU time of the process per call:",
+            times(result, "cpu").markdown(),
+            "Wall time as a multiple of ours:",
+            ratios(result).markdown(),
+            "Goals:",
+            verdicts(result).markdown(),
+        ]
+    return "\n\n".join([*parts, *more]) + "\n"
+
+
+_ABOUT = """\
+Everything runs in one process, interleaved: in each round every contestant once, in random order. Times are medians over
+the rounds, ratios are medians of the ratios within each round. Before anything is timed, the answers of every contestant
+are compared with what is stored, types included.
+
+- *raw* is the driver with its own pool and hand-written SQL (for aiosqlite a queue of connections, with the library's
+  pragmas); *bare asyncpg* is a queue of connections that nobody resets.
+- *core* is SQLAlchemy Core written by hand: `engine.connect()`, `select()`, `row.name`. On SQLite all contestants have the
+  library's pragmas, so that all wait for the disk equally; *core, SQLite's defaults* has not, and waits at each commit.
+- *ours* is `SQLAlchemyRepository`; *mapped by hand* has both mappers overridden.
+- advanced-alchemy, FastCRUD and SQLModel are used as their documentation shows: one session and one commit per call.
+- All have pools of the same size. Keys are given, not generated. Pages have no count. Times of a unit of work are per
+  statement. `add_many` takes the driver's best (COPY on PostgreSQL)."""
+
+
+def save(results: Sequence[Result], path: Path) -> None:
+    """Write everything that was measured as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "date": datetime.now(UTC).isoformat(),
+        "arguments": sys.argv[1:],
+        "environment": environment().rows,
+        "results": [asdict(result) for result in results],
+    }
+    path.write_text(json.dumps(content, indent=1))
