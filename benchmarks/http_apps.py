@@ -270,7 +270,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # the peers' own
     app = HTTP_CONTESTANTS[options.contestant].make(options.url)
-    server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", loop="uvloop", http="httptools"))
     server.run(sockets=[socket.socket(fileno=options.fd)])
     sys.exit(0 if server.started else 1)
 

@@ -3,13 +3,13 @@
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from os import cpu_count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .goals import judged
 from .measure import Result
@@ -199,6 +199,31 @@ def page(results: Sequence[Result], command: str, picture: str, more: Sequence[s
         ]
     return "\n\n".join([*parts, *more]) + "\n"
 
+
+def http_tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Return requests per second of every application on each database, and their multiples of Core's."""
+    for database, operations in results.items():
+        everybody = list(dict.fromkeys(name for cells in operations.values() for name in cells))
+        rows = []
+        for operation, cells in operations.items():
+            rate = {name: f"{cell['median']['requests_per_second']:,.0f}" for name, cell in cells.items()}
+            times = {name: f"{cell['times_core']:.2f}" for name, cell in cells.items() if "times_core" in cell}
+            cpu = {name: f"{cell['median']['cpu_microseconds']:.0f} µs" for name, cell in cells.items()}
+            for what, row in (("requests/s", rate), ("times Core's", times), ("server's CPU a request", cpu)):
+                rows.append([f"{operation}, {what}", *(row.get(name, "") for name in everybody)])
+        yield f"HTTP on {database}", Table(["", *everybody], rows)
+
+
+def http_sections(results: Mapping[str, Any]) -> list[str]:
+    """Return the same as Markdown."""
+    sections = [part for title, table in http_tables(results) for part in (f"### {title}", table.markdown())]
+    return ["## Over HTTP", _ABOUT_HTTP, *sections] if sections else []
+
+
+_ABOUT_HTTP = """\
+One uvicorn process for each application, with uvloop and httptools as `uvicorn[standard]` brings them, 32 connections that are kept alive, and a load generator on the
+other core. One row is `GET /accounts/{id}`, 100 rows a filtered and sorted page as a response model. *FastAPI alone* answers
+constants: what is left where a database costs nothing."""
 
 _ABOUT = """\
 Everything runs in one process, interleaved: in each round every contestant once, in random order. Times are medians over
