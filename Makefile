@@ -2,7 +2,7 @@
 .PHONY: help run demo test check coverage bench docs
 
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := .venv/bin
 
 # $(call prepare,extra,stamps): the environment with that extra, from the tested versions.

@@ -73,9 +73,16 @@ def goals(database: str) -> Iterator[Goal]:
         yield Goal(operation, "ours, mapped by hand", "ours", _HAND_MAPPED)
 
 
-def judged(result: Result) -> Iterator[tuple[Goal, float]]:
-    """Return each goal that was measured, with its ratio."""
+def judged(result: Result) -> Iterator[tuple[Goal, float, float | None]]:
+    """Return each goal that was measured, with its ratio, and the one that the driver alone would have in our place."""
+    raw = _RAW[result.database]
     for goal in goals(result.database):
         ratio = result.ratio(goal.operation, goal.of, goal.to, goal.clock)
-        if ratio is not None:
-            yield goal, ratio
+        if ratio is None:
+            continue
+        drivers = None
+        if goal.to == "core":
+            drivers = result.ratio(goal.operation, raw, "core", goal.clock)
+        elif goal.at_least:
+            drivers = result.ratio(goal.operation, goal.of, raw, goal.clock)
+        yield goal, ratio, drivers

@@ -168,7 +168,12 @@ def _uuid(number: int) -> UUID:
 
 
 def _plain_uuid(value: Any) -> UUID | None:
-    return None if value is None else _uuid(value.int)
+    if value is None:
+        return None
+    uuid = _new(UUID)  # as in _uuid(): this runs for every row of most tables
+    _set_int(uuid, value.int)
+    _set_is_safe(uuid, _unknown)
+    return uuid
 
 
 def _uuid_of_hex(value: str | None) -> UUID | None:

@@ -7,12 +7,14 @@ every value by the column rules when it writes.
 
 import keyword
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
 from fastapi_building_blocks.domain.errors import InvalidInputError
+from fastapi_building_blocks.infrastructure.database.plain_types import utc_from_aware
 from fastapi_building_blocks.infrastructure.database.types import BinaryString, ExactDecimal, UtcDateTime
 from fastapi_building_blocks.infrastructure.persistence.repositories.column_rules import check_value, inline_check
 from fastapi_building_blocks.infrastructure.persistence.repositories.entity_classes import (
@@ -278,9 +280,13 @@ class RowMapping(Generic[T]):
         for index, (column, processor) in enumerate(zip(self.columns, processors, strict=True)):
             place = f"v{index}"
             always = not column.nullable or _maps_none(column)
-            guard = "" if always else f"if {place} is not None: "
+            conditions = [] if always else [f"{place} is not None"]
             if processor is not None:
                 names[f"p{index}"] = processor
+                if processor is utc_from_aware:
+                    names["UTC"] = UTC
+                    conditions = [f"{place} is not None", f"{place}.tzinfo is not UTC"]  # nearly always it is
+                guard = f"if {' and '.join(conditions)}: " if conditions else ""
                 lines.append(f"{guard}{place} = p{index}({place})")
         if self._row_class is None:
             more, made = self._converted_source()
