@@ -16,7 +16,7 @@ from fastapi_building_blocks.infrastructure import SQLAlchemySession
 
 from .accounts import PAGE_SIZE, STATUSES, Account, account, accounts, table
 from .contestants import Contestant
-from .core import Core, CoreWithSQLiteDefaults
+from .core import Core, CoreWithSQLiteDefaults, TunedCore
 from .ours import Ours, OursHandMapped, OursOnAsyncmy
 from .peers import AdvancedAlchemy, FastCrud, SqlModel
 from .raw_mysql import RawAsyncmy, RawMySQL
@@ -25,9 +25,9 @@ from .raw_sqlite import RawSQLite
 
 PEERS: tuple[type[Contestant], ...] = (AdvancedAlchemy, FastCrud, SqlModel)
 CONTESTANTS: dict[str, tuple[type[Contestant], ...]] = {
-    "postgres": (RawPostgres, BarePostgres, Core, Ours, OursHandMapped, *PEERS),
-    "mysql": (RawMySQL, Core, Ours, OursHandMapped, RawAsyncmy, OursOnAsyncmy, *PEERS),
-    "sqlite": (RawSQLite, Core, CoreWithSQLiteDefaults, Ours, OursHandMapped, *PEERS),
+    "postgres": (RawPostgres, BarePostgres, Core, TunedCore, Ours, OursHandMapped, *PEERS),
+    "mysql": (RawMySQL, Core, TunedCore, Ours, OursHandMapped, RawAsyncmy, OursOnAsyncmy, *PEERS),
+    "sqlite": (RawSQLite, Core, CoreWithSQLiteDefaults, TunedCore, Ours, OursHandMapped, *PEERS),
 }
 _SERVERS = {
     "postgres": ("POSTGRES_URL", "postgresql+asyncpg", "postgresql+asyncpg://postgres@127.0.0.1:5432/test"),

@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from fastapi_building_blocks.domain import (
     UnsupportedOperationError,
     field,
 )
-from fastapi_building_blocks.infrastructure import SQLAlchemyRepository, SQLAlchemySession, UtcDateTime
+from fastapi_building_blocks.infrastructure import ExactDecimal, SQLAlchemyRepository, SQLAlchemySession, UtcDateTime
 from fastapi_building_blocks.infrastructure.database.types import utc_now
 from fastapi_building_blocks.infrastructure.persistence.repositories import sqlalchemy_repository
 from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
@@ -581,3 +583,81 @@ async def test_rows_that_need_different_statements_are_all_written_however_they_
     with pytest.raises(DuplicateKeyError):
         await Mixeds(session).add_many([*given(), Mixed(5, "x", 1)])
     assert await Mixeds(session).count() == 0
+
+
+async def test_an_iteration_that_stops_inside_a_mapper_is_an_error_and_loses_nothing(
+    session: SQLAlchemySession,
+) -> None:
+    class Stopping(Accounts):
+        def _entity_to_dict(self, entity: Account) -> dict[str, Any]:
+            if entity.id == 1500:
+                raise StopIteration
+            return super()._entity_to_dict(entity)
+
+    with pytest.raises(RuntimeError):
+        await Stopping(session).add_many(account(number) for number in range(3000))
+    assert await Accounts(session).count() == 0
+
+
+class Shifted(sa.types.TypeDecorator[Any]):
+    """A type of the service's own over one of the library's, which leaves all to it."""
+
+    impl = UtcDateTime
+    cache_ok = True
+
+
+class Negated(ExactDecimal):
+    """A type of the service's own that binds in its own way."""
+
+    cache_ok = True
+
+    def bind_processor(self, dialect: Any) -> Any:
+        bind = super().bind_processor(dialect)
+        return lambda value: None if value is None else bind(-value)
+
+    def result_processor(self, dialect: Any, coltype: Any) -> Any:
+        load = super().result_processor(dialect, coltype)
+        return lambda value: None if value is None else -(load(value) if load else value)
+
+
+async def test_types_of_a_services_own_over_the_librarys_bind_as_they_say(session: SQLAlchemySession) -> None:
+    own = sa.Table(
+        "own_types",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("moment", Shifted()),
+        sa.Column("amount", Negated(12, 2)),
+        sa.Column("price", ExactDecimal(12, 2)),
+    )
+
+    @dataclasses.dataclass
+    class Own:
+        id: int
+        moment: datetime | None
+        amount: Decimal | None
+        price: Decimal | None
+
+    class Owns(SQLAlchemyRepository[Own]):
+        table = own
+
+    await session.create_tables(own.metadata)
+    berlin = datetime(2026, 7, 1, 12, tzinfo=timezone(timedelta(hours=2)))
+    given = Own(1, berlin, Decimal("1.00"), Decimal("1234567.89"))
+    with localcontext(prec=4):
+        await Owns(session).add(given)
+        await Owns(session).add_many([Own(2, None, None, None)])
+    assert await Owns(session).get(1) == given
+    assert await Owns(session).get(2) == Own(2, None, None, None)
+    assert await Owns(session).count(field("price") == Decimal("1234567.89")) == 1
+
+
+@pytest.mark.parametrize("driver", ["aiomysql", "asyncmy"])
+async def test_text_stays_text_in_a_mode_without_backslash_escapes(mysql_url: str, driver: str) -> None:
+    url = mysql_url.replace("aiomysql", driver)
+    hostile = "x' OR 1=1 -- \\' \\"
+    async with opened(url, pool_size=1, max_overflow=0) as session:
+        await Accounts(session).delete_where(everything=True)
+        await session.execute(sa.text("SET SESSION sql_mode = 'STRICT_TRANS_TABLES,NO_BACKSLASH_ESCAPES'"))
+        await Accounts(session).add_many([account(1, owner=hostile), account(2)])
+        assert await Accounts(session).delete_where(field("owner") == "x' OR 1=1 -- ") == 0
+        assert (await Accounts(session).find_one(field("owner") == hostile)).id == 1

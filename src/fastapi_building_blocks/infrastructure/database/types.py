@@ -168,8 +168,8 @@ class ExactDecimal(TypeDecorator[Decimal]):
         """Return the same for values that ``exact`` has answered."""
         if dialect.name != "sqlite":
             return None
-        scale = self.scale
-        return self.bind_processor(dialect) if self.precision > 18 else lambda value: int(value.scaleb(scale))
+        scale, context = self.scale, self._context
+        return self.bind_processor(dialect) if self.precision > 18 else lambda value: int(value.scaleb(scale, context))
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:
         """Return what makes SQL text of a value."""

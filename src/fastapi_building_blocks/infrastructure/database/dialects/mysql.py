@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -96,9 +95,24 @@ _WRONG_VALUE = 1292
 _KEY_MARK = re.compile(r"'upsert met key (\d+)'$")
 _BAD_NULL, _NO_DEFAULT, _TOO_LONG, _OUT_OF_RANGE = 1048, 1364, 1406, 1264
 _SERVER_STATUS_IN_TRANSACTION = 1
+_SERVER_STATUS_NO_BACKSLASH_ESCAPES = 512
+_WHO_AM_I = (
+    "SELECT VERSION(), CONCAT(@@hostname, ':', @@port), CONNECTION_ID(), "
+    "(SELECT host FROM information_schema.processlist WHERE id = CONNECTION_ID())"
+)
 _INSERT = re.compile(r"(INSERT INTO .+? VALUES )(\((?:%s, )*%s\))((?: ON DUPLICATE KEY UPDATE .*)?)", re.DOTALL)
 _LONGEST_STATEMENT = 500_000
 """Characters of an INSERT of many rows; one takes four bytes at most, and servers take 4 MiB at least."""
+
+
+class _Listed:
+    """The question whether the server still has a connection, by its number and the client's address."""
+
+    sql = "SELECT 1 FROM information_schema.processlist WHERE id = %s AND host = %s"
+    name = "connection listed"
+
+
+_LISTED = _Listed()
 
 
 class MySQLDialect(PortableDialect):
@@ -129,7 +143,7 @@ class MySQLDialect(PortableDialect):
         @sa.event.listens_for(engine.sync_engine, "connect")
         def set_up(dbapi_connection: Any, record: Any) -> None:
             cursor = dbapi_connection.cursor()
-            cursor.execute("SELECT VERSION(), CONCAT(@@hostname, ':', @@port), CONNECTION_ID()")
+            cursor.execute(_WHO_AM_I)
             version, *record.info["server"] = cursor.fetchone()
             mariadb = "mariadb" in str(version).lower()
             cursor.execute(strict)
@@ -168,8 +182,9 @@ class MySQLDialect(PortableDialect):
         return getattr(connection.driver, "_close_reason", None) is not None
 
     async def end_abandoned(self, connection: PooledConnection, helper: PooledConnection) -> None:
-        server, number = connection.info["server"]
-        if helper.info["server"][0] != server:  # behind one address there may be several
+        server, number, client = connection.info["server"]
+        # Behind one address there may be several servers, and one that was restarted counts anew.
+        if helper.info["server"][0] != server or not await self.fetch(helper, _LISTED, (number, client)):
             return
         try:
             await self.command(helper, f"KILL {number}")
@@ -177,8 +192,7 @@ class MySQLDialect(PortableDialect):
             if self.error_code(error) == _NO_SUCH_THREAD:
                 return
             raise
-        listed = SimpleNamespace(sql=f"SELECT 1 FROM information_schema.processlist WHERE id = {number}")  # noqa: S608
-        while await self.fetch(helper, listed, ()):  # noqa: ASYNC110 - the server says when, if it is asked
+        while await self.fetch(helper, _LISTED, (number, client)):  # noqa: ASYNC110 - the server says when, if it is asked
             await asyncio.sleep(_KILL_POLL)
 
     def error_code(self, error: BaseException) -> str | None:
@@ -281,7 +295,7 @@ def _last_quoted(message: str) -> str:
 
 def _text_literal(value: str) -> str:
     if "\\" in value or "'" in value:
-        value = value.replace("\\", "\\\\").replace("'", "\\'")
+        value = value.replace("\\", "\\\\").replace("'", "''")
     return f"'{value}'"
 
 
@@ -295,15 +309,21 @@ _LITERALS: dict[type, Callable[[Any], str]] = {
     int: int.__repr__,
     str: _text_literal,
     datetime: _moment_literal,
-    Decimal: lambda value: format(value, "f"),
+    # Not as a float, unless it is one that nobody would write out.
+    Decimal: lambda value: format(value, "f") if -64 <= value.adjusted() <= 64 else str(value),
+}
+_WITHOUT_ESCAPES: dict[type, Callable[[Any], str]] = {
+    **_LITERALS,
+    str: lambda value: "'" + value.replace("'", "''") + "'",
+    bytes: lambda value: f"_binary X'{value.hex()}'",
 }
 
 
 def _literals(driver: Any, values: Sequence[Any]) -> tuple[str, ...]:
-    """Return values as SQL, the frequent kinds quicker than the driver does. Sessions have backslash escapes on."""
-    return tuple(
-        [_LITERALS[kind](value) if (kind := type(value)) in _LITERALS else driver.literal(value) for value in values]
-    )
+    """Return values as SQL, the frequent kinds quicker than the driver does."""
+    # Connections are set up with escapes on, but a statement of the service's own may have changed that.
+    known = _WITHOUT_ESCAPES if driver.server_status & _SERVER_STATUS_NO_BACKSLASH_ESCAPES else _LITERALS
+    return tuple([known[kind](value) if (kind := type(value)) in known else driver.literal(value) for value in values])
 
 
 @lru_cache(maxsize=1024)

@@ -444,9 +444,10 @@ def _is_encodable(text: str) -> bool:
 
 
 def _inline_decimal(kind: Any) -> tuple[str, Mapping[str, Any]] | None:
-    if kind.precision is None or not kind.asdecimal:
-        return None
     scale = kind.scale or 0
+    is_own = isinstance(kind, ExactDecimal) and type(kind) is not ExactDecimal
+    if kind.precision is None or not kind.asdecimal or scale < 0 or is_own:
+        return None
     unit, bound = f"unit_{scale}", f"bound_{kind.precision}_{scale}"
     # Of the column's own scale, within its digits, and no negative zero.
     source = f"type(v) is Decimal and v.same_quantum({unit}) and -{bound} < v < {bound} and (v or not v.is_signed())"

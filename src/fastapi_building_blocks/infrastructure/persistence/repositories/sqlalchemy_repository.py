@@ -465,7 +465,9 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
     async def _add_streamed(self, entities: Iterable[T]) -> int:
         """Write entities while they are read and checked, so that the database works meanwhile."""
-        run: _Run[T] = _Run(iter(entities), lambda entity: self._new_row(self._dump(entity)))
+        timeout = self._sql.dialect.timeouts.statement
+        longest = _LONGEST_RUN if timeout is None else min(_LONGEST_RUN, timeout / 4)
+        run: _Run[T] = _Run(entities, lambda entity: self._new_row(self._dump(entity)), longest)
         if not run.read_on():
             return 0
         async with self._atomic() as unit, unit.all_or_none() if self._session.in_transaction else _nothing():
@@ -731,13 +733,14 @@ class _NewRow(NamedTuple):
 class _Run(Generic[T]):
     """Rows of one INSERT that is sent while its entities are read: those that the first one's statement fits.
 
-    It ends after ``_LONGEST_RUN`` seconds, when ``_BATCH`` rows that need other statements have come together, or with
-    the entities. An error of an entity ends it as well, and is left in ``error``: what the database has by then is
+    It ends after ``longest`` seconds, ``_BATCH`` rows after the first that needs another statement, or with the
+    entities. An error of an entity ends it as well, and is left in ``error``: what the database has by then is
     undone by whoever began the transaction.
     """
 
-    def __init__(self, entities: Iterator[T], prepare: Callable[[T], _NewRow]) -> None:
-        self._prepared = map(prepare, entities)
+    def __init__(self, entities: Iterable[T], prepare: Callable[[T], _NewRow], longest: float) -> None:
+        self._prepared = (prepare(entity) for entity in entities)  # no map(): a StopIteration would end it silently
+        self._longest = longest
         self._head: deque[_NewRow] = deque()
         self._others: dict[frozenset[int], list[Values]] = {}
         self.count = 0
@@ -755,8 +758,8 @@ class _Run(Generic[T]):
 
     async def rows(self, bind: Callable[[Values], Any]) -> AsyncGenerator[Any, None]:
         """Yield the run's rows as the driver takes them, and let other tasks work in between."""
-        omitted, others = self.omitted, 0
-        end = time.monotonic() + _LONGEST_RUN
+        omitted, mixed = self.omitted, 0
+        end = time.monotonic() + self._longest
         try:
             while row := self._head.popleft() if self._head else next(self._prepared, None):
                 self.count += 1
@@ -764,11 +767,11 @@ class _Run(Generic[T]):
                     yield bind(row.values)
                 else:
                     self._others.setdefault(row.omitted, []).append(row.values)
-                    others += 1
+                mixed += 1 if self._others else 0
+                if mixed == _BATCH or time.monotonic() > end:
+                    return
                 if self.count % _TURN == 0:
                     await asyncio.sleep(0)
-                    if others >= _BATCH or time.monotonic() > end:
-                        return
         except Exception as error:  # noqa: BLE001 - the caller's own as well; raised again outside of the driver
             self.error = error
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.types import TypeDecorator
 
 from fastapi_building_blocks.infrastructure.database.plain_types import CHECKED
-from fastapi_building_blocks.infrastructure.database.types import ExactDecimal
+from fastapi_building_blocks.infrastructure.database.types import ExactDecimal, UtcDateTime
 
 Values = Sequence[Any]
 
@@ -150,9 +150,11 @@ def bind_processor(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
     """
     if type(kind) is sa.Boolean:
         return None  # every driver takes True and False
-    if isinstance(kind, ExactDecimal):
+    if type(kind) is ExactDecimal:
         return kind.checked_bind_processor(dialect)
     processor: Callable[[Any], Any] | None = kind.dialect_impl(dialect).bind_processor(dialect)
+    if isinstance(kind, TypeDecorator) and type(kind) is not UtcDateTime:
+        return processor  # a service's own: no rule is known for its values
     return CHECKED.get(processor, processor)
 
 
