@@ -140,7 +140,10 @@ class Repository(ABC, Generic[T]):
 
     @abstractmethod
     async def add_many(self, entities: Iterable[T]) -> int:
-        """Store new entities, all or none, and return how many. A generator is taken in constant memory."""
+        """Store new entities, all or none, and return how many. A generator is taken in constant memory.
+
+        They may be read while those before them are already written, so leave them alone until the call is over.
+        """
 
     @abstractmethod
     async def update(self, entity: T) -> T:
