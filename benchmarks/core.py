@@ -59,6 +59,12 @@ def _account(row: Any) -> Account:
     )
 
 
+def page_of(status: str) -> Any:
+    """Return the query for the newest accounts with this status."""
+    query = sa.select(plain_table).where(plain_table.c.status == status)
+    return query.order_by(plain_table.c.created_at.desc(), plain_table.c.id.desc()).limit(PAGE_SIZE)
+
+
 class Core(Contestant):
     """SQLAlchemy Core by hand."""
 
@@ -77,14 +83,8 @@ class Core(Contestant):
         return _account(row) if row else None
 
     async def page(self, status: str) -> Sequence[Account]:
-        query = (
-            sa.select(plain_table)
-            .where(plain_table.c.status == status)
-            .order_by(plain_table.c.created_at.desc(), plain_table.c.id.desc())
-            .limit(PAGE_SIZE)
-        )
         async with self._engine.connect() as connection:
-            return [_account(row) for row in await connection.execute(query)]
+            return [_account(row) for row in await connection.execute(page_of(status))]
 
     async def get_many(self, numbers: list[int]) -> Sequence[Account]:
         async with self._engine.connect() as connection:
@@ -194,14 +194,8 @@ class TunedCore(Core):
         return Account(*row) if row else None
 
     async def page(self, status: str) -> Sequence[Account]:
-        query = (
-            sa.select(plain_table)
-            .where(plain_table.c.status == status)
-            .order_by(plain_table.c.created_at.desc(), plain_table.c.id.desc())
-            .limit(PAGE_SIZE)
-        )
         async with self._engine.connect() as connection:
-            return [Account(*row) for row in await connection.execute(query)]
+            return [Account(*row) for row in await connection.execute(page_of(status))]
 
     async def stream(self, take: Callable[[Account], object]) -> None:
         async with (

@@ -12,7 +12,7 @@ from fastapi_building_blocks.domain import Sort, field
 from fastapi_building_blocks.infrastructure.persistence.repositories.table_statements import Query
 
 from .accounts import PAGE_SIZE, STATUSES, plain_table
-from .core import Core, _account
+from .core import Core, _account, page_of
 from .ours import AccountRepository, Ours
 
 LAYERS = ("statement", "connection, transaction, cursor", "driver and server", "rows to entities")
@@ -57,8 +57,7 @@ def _bind_page(repository: Any) -> tuple[Any, Any]:
 
 
 def _build_page() -> Any:
-    query = sa.select(plain_table).where(plain_table.c.status == _STATUS)
-    return query.order_by(plain_table.c.created_at.desc(), plain_table.c.id.desc()).limit(PAGE_SIZE)
+    return page_of(_STATUS)
 
 
 async def _parts(ours: Ours, core: Core, what: str, calls: int) -> dict[str, dict[str, float]]:

@@ -291,6 +291,18 @@ class Backends:
         finally:
             backend.drop(address, database)
 
+    @contextmanager
+    def database_by_driver(self, name: str, sqlite_url: str) -> Iterator[str]:
+        """Give the URL of an empty private database: ``sqlite``, ``postgres``, ``mysql``, or ``asyncmy`` on MySQL."""
+        if name == "sqlite":
+            yield sqlite_url
+        elif name == "asyncmy":
+            with self.database("mysql") as url:
+                yield str_of(make_url(url).set(drivername="mysql+asyncmy"))
+        else:
+            with self.database(name) as url:
+                yield url
+
     def report(self) -> Iterator[str]:
         """Say for each backend, in a line, whether its tests ran."""
         for name in NAMES:

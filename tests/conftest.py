@@ -58,16 +58,13 @@ def sqlite_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture(params=["sqlite", "postgres", "mysql"])
-def database_url(request: pytest.FixtureRequest, backends: Backends) -> Iterator[str]:
+def database_url(request: pytest.FixtureRequest, backends: Backends, sqlite_url: str) -> Iterator[str]:
     """An empty database of this test alone, on each database in turn.
 
     ``@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)`` asks for one of them only.
     """
-    if request.param == "sqlite":
-        yield request.getfixturevalue("sqlite_url")
-    else:
-        with backends.database(request.param) as url:
-            yield url
+    with backends.database_by_driver(request.param, sqlite_url) as url:
+        yield url
 
 
 # Under xdist the controller looks for the servers once, so that workers share a container and agree on what is

@@ -14,7 +14,7 @@ import pydantic
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.domain import DuplicateKeyError, field
+from fastapi_building_blocks.domain import ConstraintError, DuplicateKeyError, field
 from fastapi_building_blocks.infrastructure.database.types import (
     BinaryString,
     UtcDateTime,
@@ -82,6 +82,21 @@ class NoteContract(SampleContract):
         return Note(
             uuid5(NAMESPACE, str(number)), f"title {number:06}", number, f"{number}@example.org", f"bio {number}"
         )
+
+    async def test_a_key_that_is_missing_is_refused_before_anything_is_sent(self, session: Any) -> None:
+        async with session.transaction() as unit:
+            repository = self.make_repository(unit)
+            with pytest.raises(ConstraintError) as caught:
+                await repository.add(self.entity(1, id=None))
+            assert caught.value.fields == ("id",)
+            await repository.add(self.make_entity(2))
+        assert await self.make_repository(session).count() == 1
+
+    async def test_get_or_add_of_what_is_there_needs_no_write(self, repository: Any, session: Any) -> None:
+        [stored] = await self.added(repository, 1)
+        async with session.transaction(read_only=True) as unit:
+            assert await self.make_repository(unit).get_or_add(stored) == (stored, False)
+            assert await self.make_repository(unit).get_all(limit=0) == []
 
 
 # A frozen Pydantic model, with a flag for deleted and a version

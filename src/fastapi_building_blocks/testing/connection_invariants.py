@@ -52,7 +52,7 @@ async def assert_connections_sound(session: SQLAlchemySession, within: float = 2
     """
     pool: Any = session.engine.sync_engine.pool
     assert isinstance(pool, ConnectionPool)
-    most = pool._limit
+    most = pool.limit
     address = make_url(server_url) if server_url else session.engine.url
     await _assert_settled(session, address, most, within)
     wrong = await _crossed_answers(session)

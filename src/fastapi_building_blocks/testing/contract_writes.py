@@ -341,6 +341,8 @@ class WriteContract(ContractSubject[T]):
             await repository.update(self.change(stale, **self.another_value(3)))
         with pytest.raises(StaleVersionError):
             await repository.update_many([other, stale])
+        with pytest.raises(StaleVersionError):
+            await repository.patch(key, self.another_value(2), version=2**70)  # more than any column holds
         assert await repository.get_many([key, self.key_of(other)]) == [current, other]
 
     async def test_a_new_entity_gets_its_timestamps_and_a_change_moves_only_the_last(

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import make_url
 
 from fastapi_building_blocks.domain import BuildingBlocksError, ConnectionLostError, PoolTimeoutError
 from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database import connections as pool_module
-from tests.backends import Backends, str_of
+from tests.backends import Backends
 from tests.guarantees.ledger import Accounts, account, opened
 from tests.server_view import connections, kill_connections, open_transactions, until
 
@@ -23,11 +22,8 @@ on_servers = pytest.mark.parametrize("database_url", ["postgres", "mysql", "asyn
 @pytest.fixture(params=["sqlite", "postgres", "mysql", "asyncmy"])
 def database_url(request: pytest.FixtureRequest, backends: Backends, sqlite_url: str) -> Iterator[str]:
     """An empty database of this test alone, on each database by each of its drivers."""
-    if request.param == "sqlite":
-        yield sqlite_url
-    else:
-        with backends.database("mysql" if request.param == "asyncmy" else request.param) as url:
-            yield str_of(make_url(url).set(drivername="mysql+asyncmy")) if request.param == "asyncmy" else url
+    with backends.database_by_driver(request.param, sqlite_url) as url:
+        yield url
 
 
 @on_servers

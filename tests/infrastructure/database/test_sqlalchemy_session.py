@@ -345,7 +345,7 @@ async def test_settings_make_a_session() -> None:
     assert session.pool_status() == PoolStatus(1, 0, 0, 0), "one connection to :memory:"
     default = SQLAlchemySession("postgresql+asyncpg://h/d")
     assert default._pool.size() == 5
-    assert default._pool._limit == 15
+    assert default._pool.limit == 15
 
 
 async def test_the_dialect_name_is_the_databases(database_url: str) -> None:

@@ -107,7 +107,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         Pool.__init__(self, creator, **arguments)
         self._size = pool_size
         self._timeout = timeout
-        self._limit = pool_size + max_overflow
+        self.limit = pool_size + max_overflow
+        """The most connections that are open at once."""
         self._idle: deque[PooledConnection] = deque()
         self._open = 0  # live connections, and places reserved for those being opened or closed
         self._waiters: deque[asyncio.Future[PooledConnection | None]] = deque()
@@ -142,7 +143,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         connection = self.take()
         if connection is not None:
             return connection
-        if self._open < self._limit:
+        if self._open < self.limit:
             self._open += 1
             return await self._open_one()
         loop = asyncio.get_running_loop()
@@ -268,7 +269,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             self.release(connection)
 
     def _free_place(self) -> None:
-        while self._waiters and self._open <= self._limit:
+        while self._waiters and self._open <= self.limit:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)  # the place goes to the one that waits longest, who opens a connection
@@ -328,7 +329,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         connection = self.take()
         if connection is not None:
             return connection
-        if self._open >= self._limit:
+        if self._open >= self.limit:
             if self._abandoned < self._open:
                 waiter: asyncio.Future[PooledConnection | None] = asyncio.get_running_loop().create_future()
                 self._waiters.appendleft(waiter)
@@ -410,4 +411,4 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         return sum(not waiter.done() for waiter in self._waiters)
 
     def status(self) -> str:
-        return f"{self.checkedout()} lent, {self.checkedin()} idle, {self.waiting()} waiting, at most {self._limit}"
+        return f"{self.checkedout()} lent, {self.checkedin()} idle, {self.waiting()} waiting, at most {self.limit}"

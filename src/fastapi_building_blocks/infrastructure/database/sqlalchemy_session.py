@@ -63,7 +63,9 @@ class SQLAlchemySession(DatabaseSession):
         connect_timeout: seconds that opening one connection may take.
         connect_attempts: how often ``connect()`` tries before it gives up.
         statement_timeout: seconds that the database may work on one statement (``StatementTimeoutError``).
-        replica_urls: read replicas.
+        replica_urls: read replicas; refused until they are supported.
+        portable: run everything on SQLAlchemy's adapted cursors, not on the driver itself; for finding out whether the
+            fast path is to blame.
 
     Raises:
         ValueError: the URL is not one of an asynchronous driver, names no database or is not percent-encoded, or a
