@@ -2,9 +2,10 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal, localcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from fastapi_building_blocks.domain import (
+    BuildingBlocksError,
     ConstraintError,
     CursorRequest,
     DuplicateKeyError,
@@ -23,7 +25,13 @@ from fastapi_building_blocks.domain import (
     UnsupportedOperationError,
     field,
 )
-from fastapi_building_blocks.infrastructure import ExactDecimal, SQLAlchemyRepository, SQLAlchemySession, UtcDateTime
+from fastapi_building_blocks.infrastructure import (
+    BinaryString,
+    ExactDecimal,
+    SQLAlchemyRepository,
+    SQLAlchemySession,
+    UtcDateTime,
+)
 from fastapi_building_blocks.infrastructure.database.types import utc_now
 from fastapi_building_blocks.infrastructure.persistence.repositories import sqlalchemy_repository
 from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
@@ -661,3 +669,190 @@ async def test_text_stays_text_in_a_mode_without_backslash_escapes(database_url:
         await Accounts(session).add_many([account(1, owner=hostile), account(2)])
         assert await Accounts(session).delete_where(field("owner") == "x' OR 1=1 -- ") == 0
         assert (await Accounts(session).find_one(field("owner") == hostile)).id == 1
+
+
+@dataclasses.dataclass
+class Measurement:
+    id: int
+    moment: datetime
+    value: Decimal
+    place: str
+
+
+class Reading(SQLAlchemyRepository[Measurement]):
+    """Rows of the library's own types, which COPY takes as they are."""
+
+    table = sa.Table(
+        "readings",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("moment", UtcDateTime(), nullable=False),
+        sa.Column("value", ExactDecimal(12, 2), nullable=False),
+        sa.Column("place", BinaryString(20), nullable=False),
+    )
+
+
+def measurements(count: int) -> Iterator[Measurement]:
+    return (Measurement(n, datetime(2026, 1, 1, tzinfo=UTC), Decimal("1.50"), f"place {n}") for n in range(count))
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_on_postgresql_many_rows_are_one_statement(database_url: str) -> None:
+    """A trigger counts statements: COPY is one, whatever the types, and an INSERT for each row would be as many."""
+    async with opened(database_url) as session:
+        await session.create_tables(Reading.table.metadata)
+        async with session.engine.begin() as connection:
+            await connection.execute(sa.text("CREATE TABLE counted (id SERIAL)"))
+            await connection.execute(
+                sa.text(
+                    "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS "
+                    "$$ BEGIN INSERT INTO counted DEFAULT VALUES; RETURN NULL; END $$"
+                )
+            )
+            await connection.execute(
+                sa.text("CREATE TRIGGER t AFTER INSERT ON readings FOR EACH STATEMENT EXECUTE FUNCTION note()")
+            )
+        assert await Reading(session).add_many(measurements(3000)) == 3000
+        assert await Reading(session).count() == 3000
+        assert (await session.execute(sa.text("SELECT count(*) FROM counted"))).scalar() == 1
+
+
+async def test_a_generator_that_takes_its_time_is_not_the_statements(database_url: str) -> None:
+    def slow() -> Iterator[Account]:
+        for number in range(1400):
+            if number > 1000:
+                time.sleep(0.002)
+            yield account(number)
+
+    async with opened(database_url, statement_timeout=0.4) as session:
+        assert await Accounts(session).add_many(slow()) == 1400
+
+
+async def test_rows_that_others_refer_to_are_there_a_batch_later(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlalchemy_repository, "_HEAD", 5)
+    monkeypatch.setattr(sqlalchemy_repository, "_BATCH", 20)
+    nodes = sa.Table(
+        "nodes",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("parent", sa.ForeignKey("nodes.id")),
+        sa.Column("kind", sa.String(10), nullable=False, server_default="leaf"),
+    )
+
+    @dataclasses.dataclass
+    class Node:
+        id: int
+        parent: int | None
+        kind: str | None
+
+    class Nodes(SQLAlchemyRepository[Node]):
+        table = nodes
+
+    root = Node(1, None, None)
+    async with opened(database_url) as session:
+        await session.create_tables(nodes.metadata)
+        others = [Node(number, None if number < 60 else 1, "other") for number in range(2, 200)]
+        assert await Nodes(session).add_many([others[0], root, *others[1:]]) == 199
+        assert await Nodes(session).count(field("parent") == 1) == 140
+
+
+@dataclasses.dataclass
+class Departure:
+    id: int
+    local: datetime
+    instant: datetime | None
+    fare: Decimal
+
+
+class Departures(SQLAlchemyRepository[Departure]):
+    table = sa.Table(
+        "departures",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("local", sa.DateTime(), nullable=False),
+        sa.Column("instant", UtcDateTime()),
+        sa.Column("fare", sa.Numeric(40, 20), nullable=False),
+    )
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata", "Africa/Monrovia"])
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_what_is_read_as_text_is_the_same_in_every_time_zone_of_the_server(database_url: str, zone: str) -> None:
+    """Monrovia's offset had seconds until 1972."""
+    moments = [
+        datetime(1, 1, 2, tzinfo=UTC),
+        datetime(1960, 6, 1, 12, 0, 0, 1, tzinfo=UTC),
+        datetime(2026, 11, 25, 22, 34, 0, 120000, tzinfo=UTC),
+        datetime(9999, 12, 30, tzinfo=UTC),
+    ]
+    stored = [
+        Departure(number, moment.replace(tzinfo=None), moment, Decimal("1234567.00000000009876543210") * number)
+        for number, moment in enumerate(moments)
+    ]
+    stored.append(Departure(9, datetime(2026, 1, 1), None, Decimal("-0.5")))  # noqa: DTZ001
+    async with opened(database_url) as session:
+        await session.create_tables(Departures.table.metadata)
+        await Departures(session).add_many(stored)
+        async with session.transaction() as unit:
+            await unit.execute(sa.text(f"SET LOCAL TIME ZONE '{zone}'"))
+            found = await Departures(unit).get_all()
+            assert found == stored == [await Departures(unit).get(one.id) for one in stored]
+        assert {one.instant.tzinfo for one in found if one.instant} == {UTC}
+        assert [f"{one.fare:f}" for one in found] == [f"{one.fare:.20f}" for one in stored]
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_what_no_datetime_can_hold_is_said_or_the_last_moment(database_url: str) -> None:
+    async with opened(database_url) as session:
+        await session.create_tables(Departures.table.metadata)
+        insert = "INSERT INTO departures VALUES (:id, :moment, :moment, 'NaN')"
+        for number, moment in enumerate(("infinity", "-infinity", "2000-01-01")):
+            await session.execute(sa.text(insert.replace(":moment", f"'{moment}'")), {"id": number})
+        first, last, usual = await Departures(session).get_all()
+        assert (first.local, first.instant) == (datetime.max, datetime.max.replace(tzinfo=UTC))  # noqa: DTZ901
+        assert (last.local, last.instant) == (datetime.min, datetime.min.replace(tzinfo=UTC))  # noqa: DTZ901
+        assert usual.fare.is_nan()
+        with pytest.raises(BuildingBlocksError, match="DateStyle"):
+            async with session.transaction() as unit:
+                await unit.execute(sa.text("SET LOCAL datestyle = 'German'"))
+                await Departures(unit).get(2)
+        await session.execute(sa.text("INSERT INTO departures VALUES (3, '0044-03-15 BC', NULL, 1)"))
+        with pytest.raises(BuildingBlocksError, match="years 1 to 9999"):
+            await Departures(session).get(3)
+
+
+async def test_of_two_upserts_of_one_key_in_one_call_the_later_wins(database_url: str) -> None:
+    async with opened(database_url) as session:
+        first = [account(number, number) for number in range(300)]
+        assert await Accounts(session).upsert_many(first) == 300
+        again = [account(number, number + 1) for number in (*range(300), 7, 7)]
+        again[-1] = dataclasses.replace(again[-1], balance=99)
+        assert await Accounts(session).upsert_many(again) == 302
+        assert (await Accounts(session).get(7)).balance == 99
+        assert (await Accounts(session).get(8)).balance == 9
+        assert await Accounts(session).count() == 300
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_on_postgresql_many_upserts_of_distinct_keys_are_one_statement(database_url: str) -> None:
+    async with opened(database_url) as session:
+        await session.create_tables(Departures.table.metadata)
+        await session.execute(sa.text("CREATE TABLE counted (id SERIAL)"))
+        await session.execute(
+            sa.text(
+                "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN INSERT INTO counted DEFAULT VALUES; RETURN NULL; END $$"
+            )
+        )
+        await session.execute(
+            sa.text("CREATE TRIGGER t AFTER INSERT ON departures FOR EACH STATEMENT EXECUTE FUNCTION note()")
+        )
+        moment = datetime(2026, 1, 1)  # noqa: DTZ001 - a column without a time zone
+        rows = [Departure(number, moment, None, Decimal(number)) for number in range(3000)]
+        assert await Departures(session).upsert_many(rows) == 3000
+        assert (await session.execute(sa.text("SELECT count(*) FROM counted"))).scalar() == 1
+        assert await Departures(session).upsert_many([*rows[:10], rows[3]]) == 11
+        assert (await session.execute(sa.text("SELECT count(*) FROM counted"))).scalar() == 12
+        assert await Departures(session).get_all() == rows

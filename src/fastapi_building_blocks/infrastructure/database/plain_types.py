@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine.interfaces import Dialect
 
-from fastapi_building_blocks.domain.errors import InvalidInputError
+from fastapi_building_blocks.domain.errors import BuildingBlocksError, InvalidInputError
 
 Processor = Callable[[Any], Any]
 
@@ -119,6 +119,35 @@ def utc_from_text(value: str | None) -> datetime | None:
     return None if value is None else datetime.fromisoformat(value + "+00:00")
 
 
+def moment_from_iso(value: str | None) -> datetime | None:
+    """Return the instant in UTC that PostgreSQL has written as text, in whatever time zone."""
+    try:
+        return None if value is None else utc_from_aware(datetime.fromisoformat(value))
+    except ValueError:
+        return moment_from_unusual(value or "").replace(tzinfo=UTC)
+
+
+def wall_clock_from_iso(value: str | None) -> datetime | None:
+    """Return the naive date and time that PostgreSQL has written as text."""
+    try:
+        return None if value is None else datetime.fromisoformat(value)
+    except ValueError:
+        return moment_from_unusual(value or "")
+
+
+def moment_from_unusual(text: str) -> datetime:
+    """Return what stands for ``infinity``, as asyncpg has it.
+
+    Raises:
+        BuildingBlocksError: it is before the year 1 or after 9999, or a statement has set another DateStyle than ISO.
+    """
+    if text.endswith("infinity"):
+        return datetime.min if text.startswith("-") else datetime.max  # noqa: DTZ901
+    raise BuildingBlocksError(
+        "a date and time is outside the years 1 to 9999, or not written in ISO 8601: leave PostgreSQL's DateStyle alone"
+    )
+
+
 def exact_decimal(value: Any, unit: Decimal, context: Context) -> Decimal:
     """Return ``value`` as a multiple of ``unit`` that fits the context's precision, never rounded.
 
@@ -178,6 +207,37 @@ def _plain_uuid(value: Any) -> UUID | None:
 
 def _uuid_of_hex(value: str | None) -> UUID | None:
     return None if value is None else _uuid(int(value if len(value) == 32 else value.replace("-", ""), 16))
+
+
+INLINED: dict[Any, tuple[str, ...]] = {
+    utc_from_aware: ("if {v}.tzinfo is not UTC: {v} = utc_from_aware({v})",),
+    moment_from_iso: (
+        "try:",
+        " {v} = read_iso({v})",
+        " if {v}.tzinfo is not UTC: {v} = utc_from_aware({v})",
+        "except ValueError: {v} = moment_from_iso({v})",
+    ),
+    wall_clock_from_iso: ("try: {v} = read_iso({v})", "except ValueError: {v} = wall_clock_from_iso({v})"),
+    utc_from_text: ('{v} = read_iso({v} + "+00:00")',),
+    _plain_uuid: ("u = new_uuid(UUID)", "set_int(u, {v}.int)", "set_is_safe(u, unknown)", "{v} = u"),
+}
+"""Result processors as lines of a mapper that is generated, for a value ``{v}`` that is not None.
+
+A call for each value would cost as much as what it does.
+"""
+INLINED_NAMES: dict[str, Any] = {
+    "UTC": UTC,
+    "UUID": UUID,
+    "moment_from_iso": moment_from_iso,
+    "new_uuid": _new,
+    "read_iso": datetime.fromisoformat,
+    "set_int": _set_int,
+    "set_is_safe": _set_is_safe,
+    "unknown": _unknown,
+    "utc_from_aware": utc_from_aware,
+    "wall_clock_from_iso": wall_clock_from_iso,
+}
+"""What the lines of ``INLINED`` name."""
 
 
 class _PostgresUuid(postgresql.UUID[Any]):

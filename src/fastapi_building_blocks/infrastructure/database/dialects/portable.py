@@ -18,6 +18,7 @@ from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
 
 Row = Sequence[Any]
+Processor = Callable[[Any], Any]
 UpsertStyle = Literal["on conflict", "on duplicate key", "merge"]
 
 _ESCAPE = "\\"
@@ -289,6 +290,14 @@ class PortableDialect:
             return [key.nulls_last() if nulls_last else key.nulls_first()]
         null, other = ("1", "0") if nulls_last else ("0", "1")
         return [sa.case((column.is_(None), sa.literal_column(null)), else_=sa.literal_column(other)), key]
+
+    def read(self, column: sa.Column[Any], processor: Processor | None) -> tuple[Any, Processor | None]:
+        """Return what is selected for a column, and what makes a Python value of it; None: it is one.
+
+        Args:
+            processor: SQLAlchemy's own for the column's type.
+        """
+        return column, processor
 
     def insert_row(self, table: sa.Table, row: Mapping[Any, Any]) -> Any:
         """Return the INSERT of ``row``: column to placeholder, the key included or left to the database."""

@@ -1,7 +1,10 @@
 """PostgreSQL, at its best with asyncpg."""
 
 import math
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -25,9 +28,14 @@ from fastapi_building_blocks.domain.errors import (
 )
 from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
-from fastapi_building_blocks.infrastructure.database.types import BinaryString
+from fastapi_building_blocks.infrastructure.database.plain_types import (
+    moment_from_iso,
+    utc_from_aware,
+    wall_clock_from_iso,
+)
+from fastapi_building_blocks.infrastructure.database.types import BinaryString, ExactDecimal, UtcDateTime
 
-from .portable import Failure, PortableDialect, Row, on_conflict
+from .portable import Failure, PortableDialect, Processor, Row, on_conflict
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _BY_CODE: dict[str, type[BuildingBlocksError]] = {
@@ -89,7 +97,7 @@ class PostgreSQLDialect(PortableDialect):
     def engine_arguments(self, url: URL) -> dict[str, Any]:
         if url.get_driver_name() != "asyncpg":
             return {}
-        settings = {}
+        settings = {"datestyle": "ISO"}
         if self.timeouts.statement is not None:
             settings["statement_timeout"] = str(math.ceil(self.timeouts.statement * 1000))
         return {"connect_args": {"timeout": self.timeouts.connect, "server_settings": settings}}
@@ -183,6 +191,36 @@ def _columns_in(detail: str | None) -> tuple[str, ...]:
     return tuple(name.strip('"') for name in names)
 
 
+_VALUES = re.compile(r"(INSERT INTO [^$]+? )VALUES \(([^$]*\$.+?)\)( ON CONFLICT [^$]+)", re.DOTALL)
+_VALUE = re.compile(r"\$(\d+)::([A-Z][A-Z ]*(?:\(\d+(?:, \d+)?\))?)")
+
+
+@lru_cache(maxsize=1024)
+def _by_arrays(sql: str) -> str | None:
+    """Return an upsert of one row as one of many, whose parameters are the columns; None where there is no such."""
+    found = _VALUES.fullmatch(sql)
+    if found is None:
+        return None
+    head, values, tail = found.groups()
+    types = [kind for _, kind in _VALUE.findall(values)]
+    if values != ", ".join(f"${place}::{kind}" for place, kind in enumerate(types, 1)):
+        return None
+    arrays = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(types, 1))
+    return f"{head}SELECT * FROM unnest({arrays}){tail}"  # noqa: S608 - of what SQLAlchemy compiled
+
+
+_EQUAL_AS_IN_PYTHON = (sa.Integer, sa.Uuid, BinaryString, UtcDateTime)
+"""Types whose values are equal to PostgreSQL if they are to Python, whatever the collation."""
+
+
+def _are_distinct(statement: Any, rows: Sequence[Row]) -> bool:
+    """Whether no two rows are known to be for the same stored one."""
+    places = [place for place, column in enumerate(statement.columns) if column.key in statement.on]
+    if not all(isinstance(statement.columns[place].type, _EQUAL_AS_IN_PYTHON) for place in places):
+        return False
+    return len({tuple([row[place] for place in places]) for row in rows}) == len(rows)
+
+
 def _bound_by_sql(column: sa.Column[Any]) -> bool:
     """Whether a value goes through an SQL function on its way into the column, which COPY cannot call."""
     kind: Any = column.type
@@ -197,6 +235,19 @@ class AsyncpgDialect(PostgreSQLDialect):
     counts_by_returning = True
     streams_inserts = True
 
+    def read(self, column: sa.Column[Any], processor: Processor | None) -> tuple[Any, Processor | None]:
+        # asyncpg takes five times as long to make these of PostgreSQL's binary form as Python does of the text.
+        quick: Processor
+        if processor is utc_from_aware:
+            quick = moment_from_iso
+        elif processor is None and isinstance(column.type, sa.DateTime):
+            quick = wall_clock_from_iso
+        elif processor is None and isinstance(column.type, ExactDecimal | sa.Numeric):
+            quick = Decimal
+        else:
+            return column, processor
+        return sa.cast(column, sa.Text).label(column.name), quick
+
     async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
         return await connection.driver.fetch(statement.sql, *arguments)  # type: ignore[no-any-return]
 
@@ -210,7 +261,12 @@ class AsyncpgDialect(PostgreSQLDialect):
         return len(await connection.driver.fetchmany(statement.sql, rows))
 
     async def upsert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
-        await connection.driver.executemany(statement.sql, rows)
+        # Arrays cost a quarter less, but one statement may meet a row once only: of two with one key the later wins.
+        sql = _by_arrays(statement.sql)
+        if sql is not None and _are_distinct(statement, rows):
+            await connection.driver.execute(sql, *zip(*rows, strict=True))
+        else:
+            await connection.driver.executemany(statement.sql, rows)
         return len(rows)
 
     async def insert_many(self, connection: PooledConnection, statement: Any, rows: Any) -> int:

@@ -7,14 +7,13 @@ every value by the column rules when it writes.
 
 import keyword
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
 from fastapi_building_blocks.domain.errors import InvalidInputError
-from fastapi_building_blocks.infrastructure.database.plain_types import utc_from_aware
+from fastapi_building_blocks.infrastructure.database.plain_types import INLINED, INLINED_NAMES
 from fastapi_building_blocks.infrastructure.database.types import BinaryString, ExactDecimal, UtcDateTime
 from fastapi_building_blocks.infrastructure.persistence.repositories.column_rules import check_value, inline_check
 from fastapi_building_blocks.infrastructure.persistence.repositories.entity_classes import (
@@ -279,15 +278,16 @@ class RowMapping(Generic[T]):
         lines: list[str] = []
         for index, (column, processor) in enumerate(zip(self.columns, processors, strict=True)):
             place = f"v{index}"
-            always = not column.nullable or _maps_none(column)
-            conditions = [] if always else [f"{place} is not None"]
-            if processor is not None:
+            if processor is None:
+                continue
+            if processor in INLINED:
+                names |= INLINED_NAMES
+                lines.append(f"if {place} is not None:")
+                lines += [f" {line.format(v=place)}" for line in INLINED[processor]]
+            else:
                 names[f"p{index}"] = processor
-                if processor is utc_from_aware:
-                    names["UTC"] = UTC
-                    conditions = [f"{place} is not None", f"{place}.tzinfo is not UTC"]  # nearly always it is
-                guard = f"if {' and '.join(conditions)}: " if conditions else ""
-                lines.append(f"{guard}{place} = p{index}({place})")
+                always = not column.nullable or _maps_none(column)
+                lines.append(f"{'' if always else f'if {place} is not None: '}{place} = p{index}({place})")
         if self._row_class is None:
             more, made = self._converted_source()
             return names | more, lines + made

@@ -25,7 +25,7 @@ _FLOAT_OID = 701
 class Statement:
     """Compiled SQL with the function that turns values into the driver's parameters."""
 
-    __slots__ = ("bind", "columns", "guards_upsert", "lock", "name", "reads", "sql", "table")
+    __slots__ = ("bind", "columns", "guards_upsert", "lock", "name", "on", "reads", "sql", "table")
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Statement:
         lock: str | None = None,
         guards_upsert: bool = False,
         columns: Sequence[sa.Column[Any]] = (),
+        on: Sequence[str] = (),
     ) -> None:
         self.sql = sql
         self.table = table
@@ -51,6 +52,8 @@ class Statement:
         """Whether it fails on purpose where an upsert meets another unique key than its own."""
         self.columns = columns
         """The columns of a bulk INSERT, in the order of its rows."""
+        self.on = on
+        """The keys of those columns by which an upsert finds the row that is there."""
 
 
 class CoreRead:

@@ -62,8 +62,9 @@ class TableStatements(Generic[T]):
         self._version = markers["version"]
         self._soft_delete = markers["soft_delete"]
         self._created_at = markers["created_at"]
-        processors = [result_processor(column.type, compiler) for column in self._columns]
-        self._processors = processors
+        read = [dialect.read(column, result_processor(column.type, compiler)) for column in self._columns]
+        self._selected = [expression for expression, _ in read]
+        self._processors = processors = [processor for _, processor in read]
         self.load = mapping.loader(processors)
         """From the driver's rows to entities."""
         self.one = mapping.one(processors)
@@ -111,7 +112,7 @@ class TableStatements(Generic[T]):
         core = (
             sa.select(sa.literal_column("1").label("one")).select_from(self.table)
             if ones
-            else sa.select(*self._columns)
+            else sa.select(*(self._columns if expressions else self._selected))
         )
         core = core.where(*conditions)
         if query.order:
@@ -135,7 +136,7 @@ class TableStatements(Generic[T]):
         return self._cached(
             ("by key", lock, deleted_too),
             lambda: self._locked(
-                sa.select(*self._columns).where(*self._key_is(Placeholders()), *self.visible(deleted_too)), lock
+                sa.select(*self._selected).where(*self._key_is(Placeholders()), *self.visible(deleted_too)), lock
             ),
             reads=lock is None,
             lock=lock,
@@ -148,7 +149,7 @@ class TableStatements(Generic[T]):
             placeholder = Placeholders()
             columns = [self.table.columns[name] for name in names]
             where = [column == placeholder(column.type) for column in columns]
-            return self._locked(sa.select(*self._columns).where(*where, *self.visible(deleted_too)), lock)
+            return self._locked(sa.select(*self._selected).where(*where, *self.visible(deleted_too)), lock)
 
         return self._cached(("by fields", names, lock, deleted_too), build, reads=lock is None, lock=lock)
 
@@ -164,7 +165,7 @@ class TableStatements(Generic[T]):
                 where = keys[0] == sa.any_(placeholder(sa.ARRAY(keys[0].type)))
             else:
                 where = keys[0].in_([placeholder(keys[0].type) for _ in range(count)])
-            return sa.select(*self._columns).where(where, *self.visible(deleted_too))
+            return sa.select(*self._selected).where(where, *self.visible(deleted_too))
 
         return self._cached(("by keys", count, deleted_too), build, reads=True)
 
@@ -198,7 +199,7 @@ class TableStatements(Generic[T]):
 
         def build() -> Any:
             core = self.dialect.insert_row(self.table, self._row(omitted))
-            return core.returning(*self._columns) if returning else core.inline()
+            return core.returning(*self._selected) if returning else core.inline()
 
         return self._cached(("insert", omitted, returning), build, columns=columns)
 
@@ -218,7 +219,7 @@ class TableStatements(Generic[T]):
                 changes[self._key[0]] = self._key[0]  # nothing but the key, yet whether it exists is asked
             core = core.where(*self.visible(deleted_too)).values(changes)
             if answer == "row":
-                return core.returning(*self._columns)
+                return core.returning(*self._selected)
             return core.returning(sa.literal_column("1")) if answer == "mark" else core
 
         return self._cached(("update", names, version, deleted_too, answer), build)
@@ -234,7 +235,7 @@ class TableStatements(Generic[T]):
                 column = self.table.columns[self._version or ""]
                 core = core.where(column == placeholder(column.type))
             core = core.values(changes)
-            return core.returning(*self._columns) if returning else core
+            return core.returning(*self._selected) if returning else core
 
         return self._cached(("patch", names, version, deleted_too, returning), build)
 
@@ -296,12 +297,13 @@ class TableStatements(Generic[T]):
                 if place not in omitted | defaulted and name not in (*on, *self._declaration.kept_by_update)
             ]
             core = self.dialect.upsert(self.table, self._row(omitted), on, written, self._version)
-            return core.returning(*self._columns) if returning else core
+            return core.returning(*self._selected) if returning else core
 
         return self._cached(
             ("upsert", omitted, defaulted, on, returning),
             build,
             guards_upsert=True,
+            on=on,
             columns=[column for place, column in enumerate(self._columns) if place not in omitted],
         )
 
