@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check coverage bench docs
+.PHONY: help run demo test test-faults check coverage bench docs
 
 PYTHON ?= python3
 WORKERS ?= 3
@@ -26,7 +26,7 @@ endef
 	$(call prepare,bench,.venv/.ready-to-bench)
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: .venv/.ready-to-run ## Migrate and serve the example on 127.0.0.1:8000 (HOST, PORT, DATABASE_URL change that)
 	@$(BIN)/python -m example_service.app.main
@@ -36,6 +36,9 @@ demo: .venv/.ready-to-run ## Start the example on a free port, walk its requests
 
 test: .venv/.ready-to-develop ## Run all tests (REQUIRE_BACKENDS=postgres,... fails where one is missing; PORTABLE=1 without drivers' fast paths)
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope $(if $(PORTABLE),--portable)
+
+test-faults: .venv/.ready-to-develop ## Break servers and connections as often as promised; prints a line for each promise
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --full tests/faults
 
 check: .venv/.ready-to-develop ## Lint, formatting, types (mypy strict), the architecture's import rules, branch coverage
 	@$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Fixtures that give tests private databases on real servers, and the summary of which servers took part."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,48 @@ def database_url(request: pytest.FixtureRequest, backends: Backends, sqlite_url:
         yield url
 
 
+# The promises of GUARANTEES: what was tried, and what came of it, a line each at the end of the run.
+
+
+@pytest.fixture
+def shown(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Report what a test of a promise has measured: ``shown("T5", "32 tasks, 10 accounts", tries=1000, lost=0)``.
+
+    The first argument is the promise, the second the fault and where; the figures follow by name, with their units.
+    """
+
+    def show(promise: str, what: str, **figures: object) -> None:
+        figure = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+        record_property("promise", f"{promise}\t{what}\t{figure}")
+
+    return show
+
+
+@pytest.fixture
+def effort(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """How often to try: ``effort(short, full)`` is the second number under ``--full``, as `make test-faults` runs it."""
+    full = pytestconfig.getoption("--full")
+    return lambda short, thorough: thorough if full else short
+
+
+def promises(terminalreporter: pytest.TerminalReporter) -> list[tuple[str, str, str]]:
+    """Return what tests have shown: the promise, the fault, and the figures or that the test failed."""
+    rows = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "promise" and report.when == "call":
+                    promise, what, figure = str(value).split("\t")
+                    rows.append((promise, what, figure if outcome == "passed" else f"FAILED: {figure}"))
+    return sorted(rows, key=lambda row: (row[0][0], int(row[0][1:]), *row[1:]))
+
+
 # Under xdist the controller looks for the servers once, so that workers share a container and agree on what is
 # missing; each worker creates its own databases and reports back what it used.
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="try faults as often as promised, not only a few times")
     parser.addoption("--portable", action="store_true", help="run every session on SQLAlchemy's adapted cursors")
 
 
@@ -114,6 +151,12 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = promises(terminalreporter)
+    if rows:
+        terminalreporter.section("promises")
+        width = max(len(what) for _, what, _ in rows)
+        for promise, what, figure in rows:
+            terminalreporter.write_line(f"{promise:<4} {what:<{width}}  {figure}")
     terminalreporter.section("backends")
     for line in terminalreporter.config.stash[BACKENDS].report():
         terminalreporter.write_line(line)

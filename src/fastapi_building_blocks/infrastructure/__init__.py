@@ -1,5 +1,6 @@
 """Sessions, units of work, repositories and settings: what a service's infrastructure is built from."""
 
+from fastapi_building_blocks.infrastructure.database.deadlines import deadline, time_left
 from fastapi_building_blocks.infrastructure.database.in_memory_session import InMemorySession
 from fastapi_building_blocks.infrastructure.database.observation import StatementEvent
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession, PoolStatus, Transaction
@@ -30,6 +31,8 @@ __all__ = [
     "Transaction",
     "UnitOfWork",
     "UtcDateTime",
+    "deadline",
+    "time_left",
     "timestamp_columns",
     "version_column",
 ]

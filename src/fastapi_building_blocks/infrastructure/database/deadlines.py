@@ -1,0 +1,54 @@
+"""How much time a piece of work has left: one deadline for all of its calls, which shrinks as it is spent."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from fastapi_building_blocks.domain.errors import DeadlineExceededError
+
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Bound every database call of a block, by this task and those that it starts.
+
+    ::
+
+        with deadline(2.0):
+            user = await users.get(id)
+
+    Each call gets what is left, checkout and COMMIT included; once nothing is, a call raises before it sends anything.
+    Of two deadlines, one inside the other, the earlier counts. A ROLLBACK has its own time.
+
+    Args:
+        seconds: from now.
+
+    Raises:
+        DeadlineExceededError: by the calls of the block; ``PoolTimeoutError`` and ``StatementTimeoutError`` are such.
+        ValueError: ``seconds`` is not a positive number.
+    """
+    if not seconds > 0:
+        raise ValueError("a deadline is a number of seconds greater than 0")
+    end, earlier = time.monotonic() + seconds, _deadline.get()
+    token = _deadline.set(end if earlier is None else min(end, earlier))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def time_left() -> float | None:
+    """Return the seconds that the deadline around this call leaves; None: there is no deadline.
+
+    Raises:
+        DeadlineExceededError: there is none left.
+    """
+    end = _deadline.get()
+    if end is None:
+        return None
+    left = end - time.monotonic()
+    if left <= 0:
+        raise DeadlineExceededError("the time that this work had is over")
+    return left
