@@ -1,8 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help run demo test test-faults check coverage bench docs
+.PHONY: help run demo test test-faults soak check coverage bench docs
 
 PYTHON ?= python3
 WORKERS ?= 3
+MINUTES ?= 10
 BIN := .venv/bin
 
 # $(call prepare,extra,stamps): the environment with that extra, from the tested versions.
@@ -39,6 +40,9 @@ test: .venv/.ready-to-develop ## Run all tests (REQUIRE_BACKENDS=postgres,... fa
 
 test-faults: .venv/.ready-to-develop ## Break servers and connections as often as promised; prints a line for each promise
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --full tests/faults
+
+soak: .venv/.ready-to-develop ## Use and break all databases at once for MINUTES=10; fails on a wrong answer or a lost write
+	@$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 check: .venv/.ready-to-develop ## Lint, formatting, types (mypy strict), the architecture's import rules, branch coverage
 	@$(BIN)/ruff check .
