@@ -7,13 +7,15 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from fastapi_building_blocks.domain.errors import DeadlineExceededError, TransientError, UnsupportedOperationError
 
 from .deadlines import time_left
+
+from .streams import StreamReader
 
 if TYPE_CHECKING:
     from fastapi_building_blocks.infrastructure.persistence.unit_of_work import UnitOfWork
@@ -141,7 +143,7 @@ class DatabaseSession(ABC):
             raise TypeError("a statement is a SQLAlchemy construct: wrap SQL in sqlalchemy.text()")
         if getattr(statement, "is_dml", False):
             raise TypeError("stream() reads: what writes goes to execute()")
-        async with aclosing(self.iterate(self.root.stream_on, statement, parameters)) as batches:
+        async with StreamReader(self.iterate(self.root.stream_on, statement, parameters)) as batches:
             async for batch in batches:
                 for row in batch:
                     yield row
