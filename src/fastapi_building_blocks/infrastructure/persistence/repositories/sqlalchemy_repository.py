@@ -158,7 +158,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         if request.count == "estimated" and not query.shape and not expressions and not self.soft_delete_column:
             estimate = self._sql.dialect.estimate(self._sql.table)
             if estimate is not None:
-                known = (await self._session.perform(self._execute_on, estimate, None)).scalar()
+                known = (await self._session.perform(self._read_core, CoreRead(estimate, None), None)).scalar()
                 if known is not None and known >= 0:
                     return int(known)
         if request.count == "capped":
@@ -195,8 +195,8 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         batches: AsyncGenerator[Any, None]
         if expressions:
             load: Callable[..., list[T]] = self._sql.load_values
-            core = self._sql.select_core(query, Literals(values), expressions)
-            batches = self._session.iterate(self._session.root.stream_on, core, None)
+            core = CoreRead(self._sql.select_core(query, Literals(values), expressions), None)
+            batches = self._session.iterate(self._stream_core, core, None)
         else:
             load = self._sql.load
             statement = self._sql.select(query)
@@ -579,6 +579,13 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
     async def _read_core(self, connection: Any, statement: CoreRead, parameters: Any) -> Any:
         return await self._execute_on(connection, statement.core, parameters)
+
+    async def _stream_core(
+        self, connection: Any, statement: CoreRead, parameters: Any
+    ) -> AsyncGenerator[Sequence[Any], None]:
+        async with aclosing(self._session.root.stream_on(connection, statement.core, parameters)) as batches:
+            async for rows in batches:
+                yield rows
 
     async def _read(self, session: DatabaseSession, key: tuple[Any, ...]) -> T | None:
         statement = self._sql.by_key(None, True)
