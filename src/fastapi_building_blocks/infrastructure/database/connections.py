@@ -14,6 +14,8 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection
@@ -29,8 +31,12 @@ _CLOSE_TIMEOUT = 2.0
 _RECOVER_TIMEOUT = 5.0
 _PATIENCE = 0.2
 """Seconds that statements of cancelled callers may take to end by themselves, where there are no others."""
+_ABORT_TIMEOUT = 0.3
+"""Seconds that whatever runs on an aborted connection may take to notice."""
 _SPARE_LINGER = 30.0
 """Seconds that connections beyond ``pool_size`` stay open unused: opening one costs more than keeping it."""
+
+_reservation: ContextVar[object | None] = ContextVar("reservation", default=None)
 
 
 class PooledConnection(PoolProxiedConnection):
@@ -91,7 +97,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     gone?), ``in_transaction`` (was a transaction left open?), ``recover`` (make an interrupted connection
     usable again, or answer False), ``is_abandoned`` and ``end_abandoned`` (does the server still run what was
     interrupted, and how does another connection end that?) and ``connect_timeout`` (seconds). It lends nothing before
-    ``reopen``.
+    ``reopen``, or ``reserve`` for those who ``enter``.
     """
 
     is_dead: Callable[[Any], bool]
@@ -109,12 +115,16 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._timeout = timeout
         self.limit = pool_size + max_overflow
         """The most connections that are open at once."""
+        self._connections: set[PooledConnection] = set()
         self._idle: deque[PooledConnection] = deque()
         self._open = 0  # live connections, and places reserved for those being opened or closed
         self._waiters: deque[asyncio.Future[PooledConnection | None]] = deque()
         self._epoch = 0
         self._abandoned = 0
         self._closed = True
+        self._reserved: object | None = None
+        self._refusal: Callable[[], Exception] = not_connected
+        self._emptied: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
         self._least_idle = 0
@@ -157,9 +167,12 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         return connection if connection is not None else await self._open_one()
 
     def check_open(self) -> None:
-        """Raise RuntimeError unless connections are lent."""
-        if self._closed:
-            raise RuntimeError("the session is not connected; await session.connect() first")
+        """Raise RuntimeError, or what ``reserve`` was told, unless connections are lent to this task."""
+        if self._reserved is not None:
+            if _reservation.get() is not self._reserved:
+                raise self._refusal()
+        elif self._closed:
+            raise not_connected()
 
     def release(self, connection: PooledConnection) -> None:
         """Give a healthy connection back, to whoever waits longest."""
@@ -206,8 +219,13 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def drain(self) -> None:
-        """Close what is idle, refuse who waits, and have what is still lent closed on its return."""
+    async def drain(self, patience: float = 0.0) -> int:
+        """Close what is idle, refuse who waits, and have what is lent closed on its return.
+
+        What is not closed after ``patience`` seconds is aborted, and whatever runs on it fails. Returns how many
+        connections that were.
+        """
+        self._end_reservation()
         self._closed = True
         if self._trimmer is not None:
             self._trimmer.cancel()
@@ -218,12 +236,48 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_exception(RuntimeError("the session was disconnected"))
         while self._idle:
             self.discard(self._idle.pop())
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks))
+        if await self._is_empty_within(patience):
+            return 0
+        late = tuple(self._connections)
+        for connection in late:
+            connection.valid = False
+            with suppress(Exception):
+                connection.record.invalidate()  # outside a greenlet the driver drops it without a word
+        if not await self._is_empty_within(_ABORT_TIMEOUT) and self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(tuple(self._tasks), timeout=_ABORT_TIMEOUT)
+        return len(late)
+
+    async def _is_empty_within(self, seconds: float) -> bool:
+        if self._open:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._emptied}, timeout=seconds)
+            self._emptied = None
+        return not self._open
 
     def reopen(self) -> None:
         """Lend connections, until ``drain``."""
+        self._end_reservation()
         self._closed = False
+
+    def reserve(self, refusal: Callable[[], Exception]) -> None:
+        """Lend connections to those who ``enter`` only, until ``reopen``; others are raised what ``refusal`` makes."""
+        self._closed = False
+        self._reserved, self._refusal = object(), refusal
+        # Idle connections are reserved as well. Said here, since the way of every statement has no time to ask.
+        self.take = self._take_reserved  # type: ignore[method-assign]
+
+    def enter(self) -> None:
+        """Have this task, and those that it starts from here on, lent what is reserved now."""
+        _reservation.set(self._reserved)
+
+    def _take_reserved(self) -> PooledConnection | None:
+        return ConnectionPool.take(self) if _reservation.get() is self._reserved else None
+
+    def _end_reservation(self) -> None:
+        self._reserved = None
+        self.__dict__.pop("take", None)
 
     async def _open_one(self) -> PooledConnection:
         # In a task of its own: a cancelled caller leaves the new connection to the pool. Some drivers would lose a
@@ -253,6 +307,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         connection: PooledConnection | None = record.info.get("pooled")
         if connection is None or connection.dbapi_connection is not record.dbapi_connection:
             connection = record.info["pooled"] = PooledConnection(record, self._epoch)
+            self._connections.add(connection)
         return connection
 
     def _expire(self, waiter: "asyncio.Future[PooledConnection | None]") -> None:
@@ -275,6 +330,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_result(None)  # the place goes to the one that waits longest, who opens a connection
                 return
         self._open -= 1
+        if not self._open and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
 
     async def _close(self, connection: PooledConnection) -> None:
         record = connection.record
@@ -289,6 +346,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         finally:
             if record.dbapi_connection is not None:
                 record.invalidate()  # outside a greenlet the driver drops it without a word
+            self._connections.discard(connection)
             self._free_place()
 
     async def _recover(self, connection: PooledConnection) -> None:
@@ -370,6 +428,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 broken.valid = False
                 self.mend(broken)
             else:
+                if broken is not None:
+                    self._connections.discard(broken)
                 self._free_place()
         else:
             connection = self._wrap(record)
@@ -389,6 +449,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         while self._idle:
             connection = self._idle.pop()
             connection.record.close()
+            self._connections.discard(connection)
             self._free_place()
 
     def recreate(self) -> "ConnectionPool":
@@ -412,3 +473,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def status(self) -> str:
         return f"{self.checkedout()} lent, {self.checkedin()} idle, {self.waiting()} waiting, at most {self.limit}"
+
+
+def not_connected() -> RuntimeError:
+    """Return what the use of a session that is not connected raises."""
+    return RuntimeError("the session is not connected; await session.connect() first")

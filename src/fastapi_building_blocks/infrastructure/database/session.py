@@ -63,6 +63,22 @@ class DatabaseSession(ABC):
     async def connect(self) -> None:
         """Make the store ready for use."""
 
+    async def start(self, prepare: Callable[[], Awaitable[object]] | None = None) -> None:
+        """Make the store ready for use, now or as soon as it is there, so that a service may start before its store.
+
+        Until then every call raises ``UnavailableError``, but for those of ``prepare``.
+
+        Args:
+            prepare: awaited once the store is there and before anybody else uses it: to migrate it, say. It is awaited
+                again if the store goes away meanwhile.
+
+        Raises:
+            ConnectionLostError: the store is there and refuses the service.
+        """
+        await self.connect()
+        if prepare is not None:
+            await prepare()
+
     @abstractmethod
     async def disconnect(self) -> None:
         """Give every connection back; statements after this raise ``RuntimeError``."""
@@ -178,6 +194,9 @@ class Transaction(DatabaseSession):
 
     async def connect(self) -> None:
         raise RuntimeError("a transaction lives on its session's connections: connect the session")
+
+    async def start(self, prepare: Callable[[], Awaitable[object]] | None = None) -> None:
+        raise RuntimeError("a transaction lives on its session's connections: start the session")
 
     async def disconnect(self) -> None:
         raise RuntimeError("a transaction lives on its session's connections: disconnect the session")

@@ -27,6 +27,8 @@ class DatabaseSettings(BaseSettings):
     """How often ``connect()`` tries, with growing delays, before it gives up."""
     statement_timeout: float | None = Field(30.0, gt=0, allow_inf_nan=False)
     """How long the database may work on one statement before ``StatementTimeoutError``."""
+    shutdown_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
+    """How long ``disconnect()`` waits for connections in use before it closes them all the same."""
     replica_urls: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
     """Read replicas, separated by commas."""
 
