@@ -21,6 +21,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -47,8 +49,12 @@ _RECYCLE_JITTER = 0.1
 _NEVER = math.inf
 _PATIENCE = 0.2
 """Seconds that statements of cancelled callers may take to end by themselves, where there are no others."""
+_ABORT_TIMEOUT = 0.3
+"""Seconds that whatever runs on an aborted connection may take to notice."""
 _SPARE_LINGER = 30.0
 """Seconds that connections beyond ``pool_size`` stay open unused: opening one costs more than keeping it."""
+
+_reservation: ContextVar[object | None] = ContextVar("reservation", default=None)
 
 
 class PooledConnection(PoolProxiedConnection):
@@ -167,7 +173,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     usable again, or answer False), ``interrupt`` (ask what a connection runs to end; answers whether that is possible),
     ``is_abandoned`` and ``end_abandoned`` (does the server still run what was
     interrupted, and how does another connection end that?), and times in seconds: ``connect_timeout``, ``recycle`` (the
-    age at which a connection is replaced) and ``leak_threshold``. It lends nothing before ``reopen``.
+    age at which a connection is replaced) and ``leak_threshold``. It lends nothing before ``reopen``, or ``reserve`` for
+    those who ``enter``.
     """
 
     is_dead: Callable[[Any], bool]
@@ -195,6 +202,9 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._epoch = 0
         self._abandoned = 0
         self._closed = True
+        self._reserved: object | None = None
+        self._refusal: Callable[[], Exception] = not_connected
+        self._emptied: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
@@ -252,9 +262,12 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         return connection if connection is not None else await self._open_one()
 
     def check_open(self) -> None:
-        """Raise RuntimeError unless connections are lent."""
-        if self._closed:
-            raise RuntimeError("the session is not connected; await session.connect() first")
+        """Raise RuntimeError, or what ``reserve`` was told, unless connections are lent to this task."""
+        if self._reserved is not None:
+            if _reservation.get() is not self._reserved:
+                raise self._refusal()
+        elif self._closed:
+            raise not_connected()
 
     def release(self, connection: PooledConnection) -> None:
         """Give a healthy connection back, to whoever waits longest."""
@@ -338,25 +351,69 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def drain(self) -> None:
-        """Close what is idle, refuse who waits, and have what is still lent closed on its return."""
+    async def drain(self, patience: float = 0.0) -> int:
+        """Close what is idle, refuse who waits, and have what is lent closed on its return.
+
+        What is not closed after ``patience`` seconds is aborted, and whatever runs on it fails. Returns how many
+        connections that were.
+        """
+        self._end_reservation()
         self._closed = True
-        for timer in (self._trimmer, self._watch):
-            if timer is not None:
-                timer.cancel()
-        self._trimmer = self._watch = None
+        if self._trimmer is not None:
+            self._trimmer.cancel()
+            self._trimmer = None
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(RuntimeError("the session was disconnected"))
         while self._idle:
             self.discard(self._idle.pop())
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks))
+        is_empty = await self._is_empty_within(patience)
+        if self._watch is not None:  # until here it has ended calls that were late
+            self._watch.cancel()
+            self._watch = None
+        if is_empty:
+            return 0
+        late = tuple(self._connections)
+        for connection in late:
+            connection.valid = False
+            with suppress(Exception):
+                connection.record.invalidate()  # outside a greenlet the driver drops it without a word
+        if not await self._is_empty_within(_ABORT_TIMEOUT) and self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(tuple(self._tasks), timeout=_ABORT_TIMEOUT)
+        return len(late)
+
+    async def _is_empty_within(self, seconds: float) -> bool:
+        if self._open:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._emptied}, timeout=seconds)
+            self._emptied = None
+        return not self._open
 
     def reopen(self) -> None:
         """Lend connections, until ``drain``."""
+        self._end_reservation()
         self._closed = False
+
+    def reserve(self, refusal: Callable[[], Exception]) -> None:
+        """Lend connections to those who ``enter`` only, until ``reopen``; others are raised what ``refusal`` makes."""
+        self._closed = False
+        self._reserved, self._refusal = object(), refusal
+        # Idle connections are reserved as well. Said here, since the way of every statement has no time to ask.
+        self.take = self._take_reserved  # type: ignore[method-assign]
+
+    def enter(self) -> None:
+        """Have this task, and those that it starts from here on, lent what is reserved now."""
+        _reservation.set(self._reserved)
+
+    def _take_reserved(self) -> PooledConnection | None:
+        return ConnectionPool.take(self) if _reservation.get() is self._reserved else None
+
+    def _end_reservation(self) -> None:
+        self._reserved = None
+        self.__dict__.pop("take", None)
 
     async def _open_one(self) -> PooledConnection:
         # In a task of its own: a cancelled caller leaves the new connection to the pool. Some drivers would lose a
@@ -411,6 +468,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_result(None)  # the place goes to the one that waits longest, who opens a connection
                 return
         self._open -= 1
+        if not self._open and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
 
     async def _close(self, connection: PooledConnection) -> None:
         record = connection.record
@@ -571,3 +630,8 @@ def _place_of_caller() -> str:
             return "an unknown place"
         inside = inside.parent
         frame = inside.gr_frame
+
+
+def not_connected() -> RuntimeError:
+    """Return what the use of a session that is not connected raises."""
+    return RuntimeError("the session is not connected; await session.connect() first")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from fastapi_building_blocks.domain.errors import DeadlineExceededError, TransientError, UnsupportedOperationError
 
 from .deadlines import time_left
-
 from .streams import StreamReader
 
 if TYPE_CHECKING:
@@ -67,6 +66,22 @@ class DatabaseSession(ABC):
     @abstractmethod
     async def connect(self) -> None:
         """Make the store ready for use."""
+
+    async def start(self, prepare: Callable[[], Awaitable[object]] | None = None) -> None:
+        """Make the store ready for use, now or as soon as it is there, so that a service may start before its store.
+
+        Until then every call raises ``UnavailableError``, but for those of ``prepare``.
+
+        Args:
+            prepare: awaited once the store is there and before anybody else uses it: to migrate it, say. It is awaited
+                again if the store goes away meanwhile.
+
+        Raises:
+            ConnectionLostError: the store is there and refuses the service.
+        """
+        await self.connect()
+        if prepare is not None:
+            await prepare()
 
     @abstractmethod
     async def disconnect(self) -> None:
@@ -183,6 +198,9 @@ class Transaction(DatabaseSession):
 
     async def connect(self) -> None:
         raise RuntimeError("a transaction lives on its session's connections: connect the session")
+
+    async def start(self, prepare: Callable[[], Awaitable[object]] | None = None) -> None:
+        raise RuntimeError("a transaction lives on its session's connections: start the session")
 
     async def disconnect(self) -> None:
         raise RuntimeError("a transaction lives on its session's connections: disconnect the session")

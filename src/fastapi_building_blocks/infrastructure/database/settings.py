@@ -31,6 +31,8 @@ class DatabaseSettings(BaseSettings):
     """The age at which a connection is replaced."""
     leak_threshold: float | None = Field(60.0, gt=0, allow_inf_nan=False)
     """How long a connection may be held before the log says where it was taken."""
+    shutdown_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
+    """How long ``disconnect()`` waits for connections in use before it closes them all the same."""
     replica_urls: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
     """Read replicas, separated by commas."""
 

@@ -1,6 +1,7 @@
 """SQLite, with aiosqlite: one thread a connection, one hop to it a call."""
 
 import asyncio
+import re
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
@@ -68,6 +69,7 @@ _PRAGMAS = (
 _PATIENCE = 0.1
 """Seconds that an interrupted statement may take to end by itself."""
 _GLOB_SPECIALS = str.maketrans({"*": "[*]", "?": "[?]", "[": "[[]"})
+_CLOSED = re.compile("closed|no active connection", re.IGNORECASE)
 
 
 class SQLiteDialect(PortableDialect):
@@ -157,7 +159,7 @@ class SQLiteDialect(PortableDialect):
         return isinstance(failure, DeadlockError)
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
-        if isinstance(error, ValueError | sqlite3.ProgrammingError) and "closed" in str(error).lower():
+        if isinstance(error, ValueError | sqlite3.ProgrammingError) and _CLOSED.search(str(error)):
             return Failure(ConnectionLostError)
         if isinstance(error, OverflowError):
             return Failure(InvalidInputError)

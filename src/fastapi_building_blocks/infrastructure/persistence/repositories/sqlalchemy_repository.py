@@ -82,8 +82,10 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
                 "created_at": self.created_at_column,
             },
         )
-        if root.is_connected:  # before that, what the server can do is not known yet
+        if root.is_connected:
             root.statements[type(self)] = statements
+        else:
+            root.unlearned.add(statements)  # what the server can do is not known yet
         return statements
 
     # Reads
