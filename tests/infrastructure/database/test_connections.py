@@ -13,7 +13,7 @@ from fastapi_building_blocks.domain import BuildingBlocksError, ConnectionLostEr
 from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database import connections as pool_module
 from tests.backends import Backends
-from tests.guarantees.ledger import Accounts, account, opened
+from tests.guarantees.ledger import Accounts, account, metadata, opened
 from tests.server_view import connections, kill_connections, open_transactions, until
 
 on_servers = pytest.mark.parametrize("database_url", ["postgres", "mysql", "asyncmy"], indirect=True)
@@ -231,20 +231,22 @@ async def test_p3_a_connection_killed_within_a_unit_is_a_503_and_nothing_is_kept
         await until(lambda: session.pool_status().checked_out == 0)
 
 
-async def test_a_statement_in_use_while_disconnecting_ends_and_its_connection_is_closed(database_url: str) -> None:
+async def test_what_is_in_use_while_disconnecting_may_finish_and_its_connection_is_closed(database_url: str) -> None:
     session = SQLAlchemySession(database_url, pool_size=1, max_overflow=0)
     await session.connect()
     async with session.transaction() as unit:
         await unit.execute(sa.text("SELECT 1"))
         waiting = asyncio.create_task(session.ping())
         await until(lambda: session.pool_status().waiting == 1)
-        await session.disconnect()
+        disconnecting = asyncio.create_task(session.disconnect())
         with pytest.raises(RuntimeError, match="disconnected"):
             await waiting
         assert (await unit.execute(sa.text("SELECT 7"))).scalar() == 7
         assert session.pool_status().checked_out == 1
-    await until(lambda: session.pool_status().checked_out == 0)
-    assert session.pool_status().idle == 0
+        assert not disconnecting.done()
+    async with asyncio.timeout(5):
+        await disconnecting
+    assert session.pool_status() == PoolStatus(1, 0, 0, 0)
     if "sqlite" not in database_url:
         await until(lambda: not connections(database_url))
     with pytest.raises(RuntimeError, match=r"connect\(\)"):
@@ -253,6 +255,52 @@ async def test_a_statement_in_use_while_disconnecting_ends_and_its_connection_is
     await session.connect()
     await session.ping()
     await session.disconnect()
+
+
+async def test_what_does_not_finish_within_the_shutdown_timeout_is_ended(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = SQLAlchemySession(database_url, shutdown_timeout=0.2)
+    await session.connect()
+    await session.create_tables(metadata)
+    held = asyncio.Event()
+    go_on = asyncio.Event()
+
+    async def forget_to_end() -> None:
+        async with session.transaction() as unit:
+            await Accounts(unit).add(account(1))
+            held.set()
+            await go_on.wait()
+            await Accounts(unit).count()
+
+    holding = asyncio.create_task(forget_to_end())
+    await held.wait()
+    begun = asyncio.get_running_loop().time()
+    await session.disconnect()
+    assert 0.2 <= asyncio.get_running_loop().time() - begun < 1.2
+    assert "1 connections to" in caplog.text
+    if "sqlite" not in database_url:
+        await until(lambda: not connections(database_url))
+    go_on.set()
+    with pytest.raises(BuildingBlocksError):
+        await holding
+    await until(lambda: session.pool_status().checked_out == 0)
+    async with session:
+        assert await Accounts(session).count() == 0
+
+
+@on_servers
+async def test_a_statement_that_runs_when_the_shutdown_timeout_is_over_fails(database_url: str) -> None:
+    session = SQLAlchemySession(database_url, shutdown_timeout=0.2)
+    await session.connect()
+    sleep = "SELECT pg_sleep(8)" if "postgres" in database_url else "SELECT SLEEP(8)"
+    running = asyncio.create_task(session.execute(sa.text(sleep)))
+    await until(lambda: session.pool_status().checked_out == 1)
+    async with asyncio.timeout(1.2):
+        await session.disconnect()
+    async with asyncio.timeout(1):
+        with pytest.raises((BuildingBlocksError, RuntimeError)):
+            await running
 
 
 async def test_the_engine_shares_the_pool_and_returns_connections_clean(database_url: str) -> None:

@@ -8,39 +8,77 @@ Three rules keep it honest:
   borrower never has to reconnect on the way.
 - Whoever waits longest is served first; a returned connection is handed over directly.
 - After one connection was found broken, those opened before it are distrusted and replaced.
+
+A look around, ten times a second while a connection is lent, ends calls whose time is over, replaces connections that
+are old, and finds those that nobody gives back: none of that costs a call more than a timestamp.
 """
 
 import asyncio
 import logging
+import math
+import random
+import sys
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from contextvars import ContextVar
+from types import FrameType
 from typing import Any, TypeVar
 
+import greenlet
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util import await_, greenlet_spawn
 
 from fastapi_building_blocks.domain.errors import PoolTimeoutError
+
+from .deadlines import current_deadline, deadline_passed, time_left
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
 _CLOSE_TIMEOUT = 2.0
-_RECOVER_TIMEOUT = 5.0
+_RECOVER_TIMEOUT = 2.0
+_LOOK_AGAIN = 0.1
+"""Seconds between two looks at the connections that are lent."""
+_GRACE = 0.2
+"""Seconds that a call may take to end after it was asked to, before it is cancelled."""
+_RECYCLE_JITTER = 0.1
+"""What share of their age connections are replaced early, so that not all are at once."""
+_NEVER = math.inf
 _PATIENCE = 0.2
 """Seconds that statements of cancelled callers may take to end by themselves, where there are no others."""
+_ABORT_TIMEOUT = 0.3
+"""Seconds that whatever runs on an aborted connection may take to notice."""
 _SPARE_LINGER = 30.0
 """Seconds that connections beyond ``pool_size`` stay open unused: opening one costs more than keeping it."""
+
+_reservation: ContextVar[object | None] = ContextVar("reservation", default=None)
 
 
 class PooledConnection(PoolProxiedConnection):
     """One connection of the pool, with the driver's own object at hand; SQLAlchemy can run on it as well."""
 
-    __slots__ = ("_record", "dbapi_connection", "driver", "epoch", "intact", "valid")
+    __slots__ = (
+        "_caller",
+        "_cancelling",
+        "_is_cancelled",
+        "_record",
+        "dbapi_connection",
+        "driver",
+        "epoch",
+        "intact",
+        "is_late",
+        "lent",
+        "old_at",
+        "until",
+        "valid",
+    )
 
     dbapi_connection: Any
 
-    def __init__(self, record: ConnectionPoolEntry, epoch: int) -> None:
+    def __init__(self, record: ConnectionPoolEntry, epoch: int, old_at: float = _NEVER) -> None:
         self._record = record
         self.dbapi_connection = record.dbapi_connection
         self.driver: Any = record.driver_connection
@@ -48,6 +86,49 @@ class PooledConnection(PoolProxiedConnection):
         self.valid = True
         self.intact = True
         """False once statements of unknown content ran on it: its transaction state is checked on return."""
+        self.old_at = old_at
+        """When it is replaced, by ``time.monotonic()``."""
+        self.until = _NEVER
+        """When the call that is open on it has to end, by ``time.monotonic()``."""
+        self.is_late = False
+        """Whether that call was asked to end."""
+        self.lent: tuple[float, str] | None = None
+        """Since when, and from which line, it is held by what may hold it long; None: not held, or reported."""
+        self._caller: asyncio.Task[Any] | None = None
+        self._is_cancelled = False
+        self._cancelling = 0
+
+    def start_clock(self, patience: float, *, heeds_deadline: bool = True) -> None:
+        """Give the call that follows so many seconds, or what the deadline around it leaves.
+
+        Raises:
+            DeadlineExceededError: it leaves nothing.
+        """
+        now = time.monotonic()
+        until = now + patience
+        end = current_deadline.get() if heeds_deadline else None
+        if end is not None and end < until:
+            if end <= now:
+                raise deadline_passed()
+            until = end
+        self._caller = asyncio.current_task()
+        self.is_late = self._is_cancelled = False
+        self.until = until
+
+    def cancel_call(self) -> None:
+        """Cancel the task that waits for the call."""
+        self.until = _NEVER
+        if self._caller is not None:
+            self.is_late = self._is_cancelled = True
+            self._cancelling = self._caller.cancelling()
+            self._caller.cancel()
+
+    def ran_out_of_time(self, error: BaseException) -> bool:
+        """Whether ``error`` is what ``cancel_call`` has raised, and nobody else wants the task to end."""
+        if not (self._is_cancelled and isinstance(error, asyncio.CancelledError) and self._caller is not None):
+            return False
+        self._is_cancelled = False
+        return self._caller.uncancel() <= self._cancelling
 
     @property
     def driver_connection(self) -> Any:  # type: ignore[override]  # SQLAlchemy's own is a property as well
@@ -89,17 +170,22 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     The session sets what only its dialect knows: ``is_dead`` (does the driver know that a connection is
     gone?), ``in_transaction`` (was a transaction left open?), ``recover`` (make an interrupted connection
-    usable again, or answer False), ``is_abandoned`` and ``end_abandoned`` (does the server still run what was
-    interrupted, and how does another connection end that?) and ``connect_timeout`` (seconds). It lends nothing before
-    ``reopen``.
+    usable again, or answer False), ``interrupt`` (ask what a connection runs to end; answers whether that is possible),
+    ``is_abandoned`` and ``end_abandoned`` (does the server still run what was
+    interrupted, and how does another connection end that?), and times in seconds: ``connect_timeout``, ``recycle`` (the
+    age at which a connection is replaced) and ``leak_threshold``. It lends nothing before ``reopen``, or ``reserve`` for
+    those who ``enter``.
     """
 
     is_dead: Callable[[Any], bool]
     in_transaction: Callable[[PooledConnection], bool]
     recover: Callable[[PooledConnection], Awaitable[bool]]
+    interrupt: Callable[[PooledConnection], bool]
     is_abandoned: Callable[[PooledConnection], bool]
     end_abandoned: Callable[[PooledConnection, PooledConnection], Awaitable[None]]
     connect_timeout: float = 5.0
+    recycle: float = _NEVER
+    leak_threshold: float = _NEVER
 
     def __init__(
         self, creator: Any, pool_size: int = 5, max_overflow: int = 10, timeout: float = 5.0, **arguments: Any
@@ -109,14 +195,19 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._timeout = timeout
         self.limit = pool_size + max_overflow
         """The most connections that are open at once."""
+        self._connections: set[PooledConnection] = set()
         self._idle: deque[PooledConnection] = deque()
         self._open = 0  # live connections, and places reserved for those being opened or closed
         self._waiters: deque[asyncio.Future[PooledConnection | None]] = deque()
         self._epoch = 0
         self._abandoned = 0
         self._closed = True
+        self._reserved: object | None = None
+        self._refusal: Callable[[], Exception] = not_connected
+        self._emptied: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
         self._least_idle = 0
 
     # Borrowing
@@ -124,6 +215,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     def take(self) -> PooledConnection | None:
         """Return an idle connection, the one used last, or None: then ``acquire``."""
         idle = self._idle
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look)
         while idle:
             connection = idle.pop()
             if not self.is_dead(connection.driver):
@@ -136,10 +229,22 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         """Return a connection: an idle one, a new one, or the next that is returned.
 
         Raises:
-            PoolTimeoutError: none became free within the pool timeout (seconds).
+            PoolTimeoutError: none became free within the pool timeout (seconds), or the deadline around the call.
             TimeoutError: a new one could not be opened within the connect timeout (seconds).
         """
         self.check_open()
+        left = time_left()
+        if left is None:
+            return await self._acquire()
+        try:
+            async with asyncio.timeout(left) as timeout:
+                return await self._acquire()
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise PoolTimeoutError("no database connection became free before the deadline") from error
+
+    async def _acquire(self) -> PooledConnection:
         connection = self.take()
         if connection is not None:
             return connection
@@ -157,12 +262,17 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         return connection if connection is not None else await self._open_one()
 
     def check_open(self) -> None:
-        """Raise RuntimeError unless connections are lent."""
-        if self._closed:
-            raise RuntimeError("the session is not connected; await session.connect() first")
+        """Raise RuntimeError, or what ``reserve`` was told, unless connections are lent to this task."""
+        if self._reserved is not None:
+            if _reservation.get() is not self._reserved:
+                raise self._refusal()
+        elif self._closed:
+            raise not_connected()
 
     def release(self, connection: PooledConnection) -> None:
         """Give a healthy connection back, to whoever waits longest."""
+        connection.until = _NEVER
+        connection.lent = None
         if connection.epoch != self._epoch or not connection.valid or self._closed:
             self.discard(connection)
             return
@@ -184,12 +294,16 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def discard(self, connection: PooledConnection, *, distrust: bool = False) -> None:
         """Close a connection in the background and free its place; with ``distrust``, doubt the others as well."""
+        connection.until = _NEVER
+        connection.lent = None
         if distrust:
             self.distrust(connection)
         self._in_background(self._close(connection))
 
     def mend(self, connection: PooledConnection) -> None:
         """Take back a connection whose call was interrupted; it is lent again only once it is known to be sound."""
+        connection.until = _NEVER
+        connection.lent = None
         self._in_background(self._recover(connection))
 
     def distrust(self, connection: PooledConnection) -> None:
@@ -199,6 +313,37 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             while self._idle:
                 self.discard(self._idle.pop())
 
+    def note_holder(self, connection: PooledConnection) -> None:
+        """Remember who holds a connection from here on, for what may hold it for long."""
+        if self.leak_threshold < _NEVER:
+            connection.lent = (time.monotonic(), _place_of_caller())
+
+    def _look(self) -> None:
+        """Look at every connection once: for calls that are late, holders that forgot, and age."""
+        now = time.monotonic()
+        for connection in tuple(self._connections):
+            if connection.until <= now:
+                if not connection.is_late and self.interrupt(connection):
+                    connection.is_late = True
+                    connection.until = now + _GRACE
+                else:
+                    connection.cancel_call()
+            if connection.lent is not None and now - connection.lent[0] > self.leak_threshold:
+                logger.warning(
+                    "a database connection is held for more than %g s; it was taken at %s",
+                    self.leak_threshold,
+                    connection.lent[1],
+                )
+                connection.lent = None
+            if connection.old_at <= now:
+                connection.old_at = _NEVER
+                connection.epoch = -1  # closed on its return
+                if connection in self._idle:
+                    self._idle.remove(connection)
+                    self.discard(connection)
+        lends = self._open > len(self._idle)
+        self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look) if lends else None
+
     def _in_background(self, work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
         """Run what is finished even if nobody waits for it; ``drain`` does."""
         task = asyncio.get_running_loop().create_task(work)
@@ -206,8 +351,13 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def drain(self) -> None:
-        """Close what is idle, refuse who waits, and have what is still lent closed on its return."""
+    async def drain(self, patience: float = 0.0) -> int:
+        """Close what is idle, refuse who waits, and have what is lent closed on its return.
+
+        What is not closed after ``patience`` seconds is aborted, and whatever runs on it fails. Returns how many
+        connections that were.
+        """
+        self._end_reservation()
         self._closed = True
         if self._trimmer is not None:
             self._trimmer.cancel()
@@ -218,12 +368,52 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_exception(RuntimeError("the session was disconnected"))
         while self._idle:
             self.discard(self._idle.pop())
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks))
+        is_empty = await self._is_empty_within(patience)
+        if self._watch is not None:  # until here it has ended calls that were late
+            self._watch.cancel()
+            self._watch = None
+        if is_empty:
+            return 0
+        late = tuple(self._connections)
+        for connection in late:
+            connection.valid = False
+            with suppress(Exception):
+                connection.record.invalidate()  # outside a greenlet the driver drops it without a word
+        if not await self._is_empty_within(_ABORT_TIMEOUT) and self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(tuple(self._tasks), timeout=_ABORT_TIMEOUT)
+        return len(late)
+
+    async def _is_empty_within(self, seconds: float) -> bool:
+        if self._open:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._emptied}, timeout=seconds)
+            self._emptied = None
+        return not self._open
 
     def reopen(self) -> None:
         """Lend connections, until ``drain``."""
+        self._end_reservation()
         self._closed = False
+
+    def reserve(self, refusal: Callable[[], Exception]) -> None:
+        """Lend connections to those who ``enter`` only, until ``reopen``; others are raised what ``refusal`` makes."""
+        self._closed = False
+        self._reserved, self._refusal = object(), refusal
+        # Idle connections are reserved as well. Said here, since the way of every statement has no time to ask.
+        self.take = self._take_reserved  # type: ignore[method-assign]
+
+    def enter(self) -> None:
+        """Have this task, and those that it starts from here on, lent what is reserved now."""
+        _reservation.set(self._reserved)
+
+    def _take_reserved(self) -> PooledConnection | None:
+        return ConnectionPool.take(self) if _reservation.get() is self._reserved else None
+
+    def _end_reservation(self) -> None:
+        self._reserved = None
+        self.__dict__.pop("take", None)
 
     async def _open_one(self) -> PooledConnection:
         # In a task of its own: a cancelled caller leaves the new connection to the pool. Some drivers would lose a
@@ -252,7 +442,10 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     def _wrap(self, record: ConnectionPoolEntry) -> PooledConnection:
         connection: PooledConnection | None = record.info.get("pooled")
         if connection is None or connection.dbapi_connection is not record.dbapi_connection:
-            connection = record.info["pooled"] = PooledConnection(record, self._epoch)
+            age = self.recycle * random.uniform(1 - _RECYCLE_JITTER, 1)  # noqa: S311 - jitter, not a secret
+            connection = PooledConnection(record, self._epoch, time.monotonic() + age)
+            record.info["pooled"] = connection
+            self._connections.add(connection)
         return connection
 
     def _expire(self, waiter: "asyncio.Future[PooledConnection | None]") -> None:
@@ -275,6 +468,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_result(None)  # the place goes to the one that waits longest, who opens a connection
                 return
         self._open -= 1
+        if not self._open and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
 
     async def _close(self, connection: PooledConnection) -> None:
         record = connection.record
@@ -289,6 +484,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         finally:
             if record.dbapi_connection is not None:
                 record.invalidate()  # outside a greenlet the driver drops it without a word
+            self._connections.discard(connection)
             self._free_place()
 
     async def _recover(self, connection: PooledConnection) -> None:
@@ -361,6 +557,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def _do_get(self) -> ConnectionPoolEntry:
         connection = self.take() or await_(self.acquire())
+        self.note_holder(connection)
         return connection.record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
@@ -370,6 +567,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 broken.valid = False
                 self.mend(broken)
             else:
+                if broken is not None:
+                    self._connections.discard(broken)
                 self._free_place()
         else:
             connection = self._wrap(record)
@@ -389,6 +588,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         while self._idle:
             connection = self._idle.pop()
             connection.record.close()
+            self._connections.discard(connection)
             self._free_place()
 
     def recreate(self) -> "ConnectionPool":
@@ -412,3 +612,26 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def status(self) -> str:
         return f"{self.checkedout()} lent, {self.checkedin()} idle, {self.waiting()} waiting, at most {self.limit}"
+
+
+_LIBRARIES = ("fastapi_building_blocks", "sqlalchemy", "contextlib", "asyncio")
+
+
+def _place_of_caller() -> str:
+    """Return the line outside of this library and SQLAlchemy from which a connection is taken."""
+    frame: FrameType | None = sys._getframe(1)
+    inside = greenlet.getcurrent()
+    while True:
+        while frame is not None:
+            if not frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
+                return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+            frame = frame.f_back
+        if inside.parent is None:
+            return "an unknown place"
+        inside = inside.parent
+        frame = inside.gr_frame
+
+
+def not_connected() -> RuntimeError:
+    """Return what the use of a session that is not connected raises."""
+    return RuntimeError("the session is not connected; await session.connect() first")

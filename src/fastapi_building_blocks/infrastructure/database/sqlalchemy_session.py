@@ -5,9 +5,11 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
+from itertools import count
 from typing import Any, Self
+from weakref import WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Result, make_url
@@ -15,15 +17,22 @@ from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import greenlet_spawn
 
-from fastapi_building_blocks.domain.errors import BuildingBlocksError, ConnectionLostError, UnsupportedOperationError
+from fastapi_building_blocks.domain.errors import (
+    BuildingBlocksError,
+    ConnectionLostError,
+    StatementTimeoutError,
+    UnavailableError,
+    UnsupportedOperationError,
+)
 
-from .connections import ConnectionPool, PooledConnection
+from .connections import ConnectionPool, PooledConnection, not_connected
+from .deadlines import deadline
 from .dialects import PortableDialect, Timeouts, dialect_for
 from .observation import Observation, Observer
 from .plain_types import adapt_dialect
 from .session import DatabaseSession, Iteration, Operation, PoolStatus, TransactionBackend
 from .settings import DatabaseSettings
-from .sqlalchemy_errors import driver_error, translate, translate_commit
+from .sqlalchemy_errors import driver_error, out_of_time, outcome_unknown, translate, translate_commit
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +48,16 @@ _REPLAYS = 5
 """How often a statement is prepared anew when ALTER TABLE has made its plan stale."""
 _REPLAY_PAUSE = 0.02
 """Seconds before the second of them; each later one waits as much longer."""
+_ROLLBACK_TIMEOUT = 2.0
 _CONNECT_WINDOW = 60.0
 _CONNECT_FIRST_DELAY = 0.2
 _CONNECT_LONGEST_DELAY = 5.0
+_START_PATIENCE = 2.0
+"""Seconds that ``start()`` waits for a database that says nothing, or is being prepared."""
+_START_LONGEST_DELAY = 2.0
+"""Seconds from a database that is there to a service that has noticed, at most."""
+_START_LOGS_ALL = 10
+"""Attempts that are logged, each; of those that follow as many are left out between two."""
 
 
 class _Ping:
@@ -62,7 +78,11 @@ class SQLAlchemySession(DatabaseSession):
         pool_timeout: seconds that a caller waits for a connection (``PoolTimeoutError``).
         connect_timeout: seconds that opening one connection may take.
         connect_attempts: how often ``connect()`` tries before it gives up.
-        statement_timeout: seconds that the database may work on one statement (``StatementTimeoutError``).
+        statement_timeout: seconds that one statement may take (``StatementTimeoutError``), whether the database ends it,
+            or does not answer any more and the session does.
+        recycle: seconds after which a connection is replaced, the next time that nobody uses it; None: never.
+        leak_threshold: seconds after which a held connection is logged, with the line that took it; None: never.
+        shutdown_timeout: seconds that ``disconnect()`` waits for connections in use before it closes them all the same.
         replica_urls: read replicas; refused until they are supported.
         portable: run everything on SQLAlchemy's adapted cursors, not on the driver itself; for finding out whether the
             fast path is to blame.
@@ -83,14 +103,21 @@ class SQLAlchemySession(DatabaseSession):
         connect_timeout: float = 5.0,
         connect_attempts: int = 5,
         statement_timeout: float | None = 30.0,
+        recycle: float | None = 1800.0,
+        leak_threshold: float | None = 60.0,
+        shutdown_timeout: float = 10.0,
         replica_urls: Sequence[str] = (),
         portable: bool = False,
     ) -> None:
         if replica_urls:
             raise UnsupportedOperationError("read replicas are not supported yet: leave replica_urls empty")
-        _check_knobs(pool_size, max_overflow, connect_attempts, pool_timeout, connect_timeout, statement_timeout)
+        _check_knobs(
+            (pool_size, max_overflow, connect_attempts),
+            (pool_timeout, connect_timeout, statement_timeout, recycle, leak_threshold, shutdown_timeout),
+        )
         self._url = _checked(url)
         self._connect_attempts = connect_attempts
+        self._shutdown_timeout = shutdown_timeout
         self.dialect: PortableDialect = dialect_for(
             self._url, Timeouts(connect_timeout, statement_timeout), portable=portable
         )
@@ -99,9 +126,12 @@ class SQLAlchemySession(DatabaseSession):
                 f"the database URL names no database; write it after the host: {self._url.drivername}://…/name"
             )
         self._is_connected = False
+        self._starting: asyncio.Task[None] | None = None
         self._observation: Observation | None = None
         self.statements: dict[Any, Any] = {}
         """What repositories have compiled for this database, by repository class."""
+        self.unlearned: WeakSet[Any] = WeakSet()
+        """What they have compiled before it was known what the database can do."""
         size, overflow = self.dialect.pool_size(self._url, pool_size, max_overflow)
         try:
             # One pool whose connections rest in autocommit: a single statement is one round trip, and a
@@ -137,9 +167,13 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.is_dead = self.dialect.is_dead
         self._pool.in_transaction = self.dialect.in_transaction
         self._pool.recover = self.dialect.recover
+        self._pool.interrupt = self.dialect.interrupt
         self._pool.is_abandoned = self.dialect.is_abandoned
         self._pool.end_abandoned = self.dialect.end_abandoned
         self._pool.connect_timeout = connect_timeout
+        self._pool.recycle = math.inf if recycle is None else recycle
+        self._pool.leak_threshold = math.inf if leak_threshold is None else leak_threshold
+        self._patience = self.dialect.patience
         self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
 
     @classmethod
@@ -149,7 +183,7 @@ class SQLAlchemySession(DatabaseSession):
 
     @property
     def is_connected(self) -> bool:
-        """Whether ``connect()`` has succeeded, and ``disconnect()`` not been called since."""
+        """Whether the database was reached, and ``disconnect()`` not called since."""
         return self._is_connected
 
     def __repr__(self) -> str:
@@ -174,43 +208,140 @@ class SQLAlchemySession(DatabaseSession):
 
         Raises:
             ConnectionLostError: it could not be reached in ``connect_attempts``, or refused the user or database.
+            RuntimeError: ``start()`` is connecting the session.
         """
-        self._pool.reopen()
+        if self._starting is not None:
+            raise RuntimeError("start() is connecting the session already")
+        if not self._is_connected:
+            self._pool.reserve(not_connected)
+            self._pool.enter()
         give_up = time.monotonic() + _CONNECT_WINDOW
-        for attempt in range(1, self._connect_attempts + 1):
+        try:
+            for attempt in count(1):
+                try:
+                    await self._open_first()
+                    break
+                except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
+                    longest = min(_CONNECT_FIRST_DELAY * 2**attempt, _CONNECT_LONGEST_DELAY)
+                    # At least half of it: so many attempts are meant to last for some time.
+                    delay = random.uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
+                    is_last = attempt == self._connect_attempts or time.monotonic() + delay > give_up
+                    if is_last or not self._may_mend(error):
+                        raise self._cannot_connect(error, attempt) from driver_error(error)
+                    self._log_attempt(error, f"{attempt} of {self._connect_attempts}", delay)
+                    await asyncio.sleep(delay)
+        except BaseException:
+            await self._pool.drain()
+            raise
+        self._pool.reopen()
+
+    async def start(self, prepare: Callable[[], Awaitable[object]] | None = None) -> None:
+        """Connect now, or in the background for as long as it takes: a service may start before its database.
+
+        It waits two seconds at most for what is known by then. A server that is there and refuses the login, or has no
+        such database, fails the start, because that is a wrong setting. One that is not there is tried again with
+        growing random delays ("full jitter") of two seconds at most; if it then comes up and refuses, that is logged
+        and tried again, since servers are often reachable before they are set up. Meanwhile every call raises
+        ``UnavailableError``. A second call while the first goes on changes nothing.
+
+        Args:
+            prepare: awaited once the database is there and before anybody else uses it: to migrate it, say. It is
+                awaited again if the database goes away meanwhile. Any other failure of it is final: it fails the start,
+                or, in the background, is logged and leaves the session unavailable.
+
+        Raises:
+            ConnectionLostError: the server refused the user or the database.
+        """
+        if self._starting is not None:
+            return
+        if self._is_connected:
+            if prepare is not None:
+                await prepare()
+            return
+        known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pool.reserve(_not_there_yet)
+        self._starting = asyncio.create_task(self._keep_starting(prepare, known))
+        try:
+            await asyncio.wait({known}, timeout=_START_PATIENCE)
+            if known.done():
+                known.result()
+            else:
+                known.cancel()
+        except BaseException:
+            await self.disconnect()
+            raise
+
+    async def _keep_starting(
+        self, prepare: Callable[[], Awaitable[object]] | None, known: "asyncio.Future[None]"
+    ) -> None:
+        """Connect, prepare, and let everybody in; ``known`` is what ``start()`` waits for."""
+        self._pool.enter()
+        for attempt in count(1):
+            is_there = False
             try:
-                self._pool.release(await self._pool.acquire())
+                await self._open_first()
+                is_there = True
+                if prepare is not None:
+                    await prepare()
                 break
-            except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
-                failure = translate(error, self.dialect)
-                again = self.dialect.may_open_later(failure)
-                reason = _reason(error, self.dialect)
-                longest = min(_CONNECT_FIRST_DELAY * 2**attempt, _CONNECT_LONGEST_DELAY)
-                delay = random.uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
-                if not again or attempt == self._connect_attempts or time.monotonic() + delay > give_up:
-                    await self._pool.drain()
-                    raise ConnectionLostError(
-                        f"cannot connect to {self._place()}: {reason} (attempt {attempt})"
-                    ) from driver_error(error)
-                logger.warning(
-                    "the database at %s does not answer (%s); attempt %d of %d, next in %.1f s",
-                    self._place(),
-                    reason,
-                    attempt,
-                    self._connect_attempts,
-                    delay,
-                )
-                await asyncio.sleep(delay)
-            except BaseException:
-                await self._pool.drain()
-                raise
-        self.dialect.learn(self._engine)
-        self._is_connected = True
+            except Exception as error:  # noqa: BLE001 - whatever a service's own code raises
+                if self._is_final(error, is_there, known):
+                    self._fail_start(error if is_there else self._cannot_connect(error, attempt), known)
+                    return
+                longest = min(_CONNECT_FIRST_DELAY * 2 ** min(attempt, 10), _START_LONGEST_DELAY)
+                delay = random.uniform(0, longest)  # noqa: S311 - jitter, not a secret
+                if attempt <= _START_LOGS_ALL or attempt % _START_LOGS_ALL == 0:
+                    self._log_attempt(error, str(attempt), delay)
+            _settle(known)
+            await asyncio.sleep(delay)
+        if attempt > 1:
+            logger.info("%s is there, at attempt %d", self._place(), attempt)
+        self._starting = None
+        self._pool.reopen()
+        _settle(known)
+
+    def _is_final(self, error: Exception, is_there: bool, known: "asyncio.Future[None]") -> bool:
+        """Whether to give up: after a failed preparation, or while ``start()`` can still say what is wrong."""
+        if is_there:
+            return not isinstance(translate(error, self.dialect), UnavailableError)
+        return not known.done() and not self._may_mend(error)
+
+    def _fail_start(self, error: Exception, known: "asyncio.Future[None]") -> None:
+        if not known.done():
+            known.set_exception(error)
+            return
+        # Without its message, which may hold SQL and values.
+        reason = error.detail if isinstance(error, BuildingBlocksError) else _reason(error, self.dialect)
+        logger.error("preparing %s failed (%s); it stays unavailable", self._place(), reason)
+
+    async def _open_first(self) -> None:
+        connection = await self._pool.acquire()
+        if not self._is_connected:
+            self.dialect.learn(self._engine)
+            for statements in self.unlearned:
+                statements.forget()
+            self.unlearned.clear()
+            self._is_connected = True
+        self._pool.release(connection)
 
     async def disconnect(self) -> None:
-        """Close the pool. A unit of work that is open may finish; its connection is closed when it is returned."""
+        """Close the pool; what is in use may finish within ``shutdown_timeout``, and is then closed all the same.
+
+        It always ends, half a second after that at the latest. A unit of work that was cut off has kept nothing.
+        """
         self._is_connected = False
-        await self._pool.drain()
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.cancel()
+            await asyncio.wait({starting}, timeout=self._shutdown_timeout)
+        late = await self._pool.drain(self._shutdown_timeout)
+        if late:
+            logger.warning(
+                "%d connections to %s were still in use after %g s, and are closed",
+                late,
+                self._place(),
+                self._shutdown_timeout,
+            )
         await self._engine.dispose()
 
     async def __aenter__(self) -> Self:
@@ -224,9 +355,10 @@ class SQLAlchemySession(DatabaseSession):
         """Ask the database for a sign of life.
 
         Raises:
-            UnavailableError, DeadlineExceededError: there is none.
+            UnavailableError, DeadlineExceededError: there is none within ``connect_timeout``.
         """
-        await self.perform(self.dialect.fetch, _Ping, ())
+        with deadline(self.dialect.timeouts.connect):
+            await self.perform(self.dialect.fetch, _Ping, ())
 
     def pool_status(self) -> PoolStatus:
         """Return how many connections there are, lent and idle, and how many tasks wait for one."""
@@ -247,6 +379,25 @@ class SQLAlchemySession(DatabaseSession):
         async with self.engine.begin() as connection:
             await connection.run_sync(metadata.create_all)
 
+    def _may_mend(self, error: Exception) -> bool:
+        return self.dialect.may_open_later(translate(error, self.dialect))
+
+    def _cannot_connect(self, error: Exception, attempt: int) -> ConnectionLostError:
+        reason = _reason(error, self.dialect)
+        return ConnectionLostError(f"cannot connect to {self._place()}: {reason} (attempt {attempt})")
+
+    def _log_attempt(self, error: Exception, attempt: str, delay: float) -> None:
+        level, what = (logging.WARNING, "does not answer") if self._may_mend(error) else (logging.ERROR, "refuses")
+        logger.log(
+            level,
+            "%s %s (%s); attempt %s, next in %.1f s",
+            self._place(),
+            what,
+            _reason(error, self.dialect),
+            attempt,
+            delay,
+        )
+
     def _place(self) -> str:
         url = self._url
         if url.host is None:
@@ -261,6 +412,7 @@ class SQLAlchemySession(DatabaseSession):
         if connection is None:
             connection = await self._acquire()
         try:
+            connection.start_clock(self._patience)
             answer = await operation(connection, statement, arguments)
         except Exception as error:
             failure = self._give_back_after(connection, error, statement)
@@ -269,8 +421,10 @@ class SQLAlchemySession(DatabaseSession):
             if failure is error:
                 raise
             raise failure from driver_error(error)
-        except BaseException:
+        except BaseException as error:
             self._pool.mend(connection)
+            if connection.ran_out_of_time(error):
+                raise out_of_time() from None
             raise
         self._pool.release(connection)
         return answer
@@ -285,6 +439,7 @@ class SQLAlchemySession(DatabaseSession):
         """Run a single statement once more, and again while its table keeps changing."""
         connection = await self._acquire()
         try:
+            connection.start_clock(self._patience)
             answer = await operation(connection, statement, arguments)
         except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
             failure = self._give_back_after(connection, error, statement)
@@ -292,8 +447,10 @@ class SQLAlchemySession(DatabaseSession):
                 await asyncio.sleep(_REPLAY_PAUSE * (_REPLAYS - replays + 1))
                 return await self._replay(operation, statement, arguments, replays - 1)
             raise failure from driver_error(error)
-        except BaseException:
+        except BaseException as error:
             self._pool.mend(connection)
+            if connection.ran_out_of_time(error):
+                raise out_of_time() from None
             raise
         self._pool.release(connection)
         return answer
@@ -303,11 +460,15 @@ class SQLAlchemySession(DatabaseSession):
         while True:
             connection = self._pool.take() or await self._acquire()
             begun = False
+            self._pool.note_holder(connection)
             try:
+                connection.start_clock(self._patience)
                 async with aclosing(operation(connection, statement, arguments)) as batches:
                     async for batch in batches:
                         begun = True
+                        connection.until = math.inf  # the consumer's time is its own
                         yield batch
+                        connection.start_clock(self._patience)
             except GeneratorExit:
                 connection.intact = False  # the consumer left early; the operation has closed its cursor
                 self._pool.release(connection)
@@ -321,8 +482,10 @@ class SQLAlchemySession(DatabaseSession):
                 if failure is error:
                     raise
                 raise failure from driver_error(error)
-            except BaseException:
+            except BaseException as error:
                 self._pool.mend(connection)
+                if connection.ran_out_of_time(error):
+                    raise out_of_time() from None
                 raise
             self._pool.release(connection)
             return
@@ -402,40 +565,61 @@ class _SQLAlchemyTransaction(TransactionBackend):
         self._connection: PooledConnection
 
     async def begin(self) -> PooledConnection:
+        connection = await self._take()
         try:
-            return await self._begin()
+            return await self._begin_on(connection)
         except ConnectionLostError:
             # Nothing was sent but BEGIN, to a connection that had died while idle: another one serves as well.
-            return await self._begin()
+            return await self._begin_on(await self._take())
 
-    async def _begin(self) -> PooledConnection:
+    async def _take(self) -> PooledConnection:
         try:
-            connection = self._connection = self._pool.take() or await self._pool.acquire()
+            return self._pool.take() or await self._pool.acquire()
         except Exception as error:
             failure = _not_opened(error, self._dialect)
             if failure is error:
                 raise
             raise failure from driver_error(error)
+
+    async def _begin_on(self, connection: PooledConnection) -> PooledConnection:
+        self._connection = connection
+        self._pool.note_holder(connection)
         try:
+            self.start_clock()
             await self._dialect.begin(connection, self._isolation, self._read_only)
         except BaseException as error:
             self._pool.mend(connection)
+            if connection.ran_out_of_time(error):
+                raise out_of_time() from None
             if not isinstance(error, Exception):
                 raise
             failure = self._translate(error)
             if failure is error:
                 raise
             raise failure from driver_error(error)
+        self.stop_clock()
         return connection
+
+    def start_clock(self) -> None:
+        self._connection.start_clock(self._dialect.patience)
+
+    def stop_clock(self) -> None:
+        self._connection.until = math.inf
+
+    def ran_out_of_time(self, error: BaseException) -> StatementTimeoutError | None:
+        return out_of_time() if self._connection.ran_out_of_time(error) else None
 
     async def commit(self) -> None:
         if self._dialect.transactional_ddl and not self._dialect.in_transaction(self._connection):
             self._pool.mend(self._connection)
             raise RuntimeError("a COMMIT or ROLLBACK of its own ended the transaction before the unit of work did")
         try:
+            self.start_clock()
             await self._dialect.commit(self._connection)
         except BaseException as error:
             self._pool.mend(self._connection)
+            if self._connection.ran_out_of_time(error):
+                raise outcome_unknown() from None
             if not isinstance(error, Exception):
                 raise
             failure = translate_commit(error, self._dialect)
@@ -446,10 +630,11 @@ class _SQLAlchemyTransaction(TransactionBackend):
 
     async def rollback(self) -> None:
         try:
+            self._connection.start_clock(_ROLLBACK_TIMEOUT, heeds_deadline=False)
             await self._dialect.rollback(self._connection)
         except BaseException as error:
             self._pool.mend(self._connection)
-            if not isinstance(error, Exception):
+            if not (isinstance(error, Exception) or self._connection.ran_out_of_time(error)):
                 raise
             logger.debug("ROLLBACK failed; the connection is given up", exc_info=True)
         else:
@@ -502,11 +687,21 @@ def _checked(url: str | URL) -> URL:
     return parsed
 
 
-def _check_knobs(pool_size: int, max_overflow: int, connect_attempts: int, *seconds: float | None) -> None:
+def _check_knobs(numbers: tuple[int, int, int], seconds: tuple[float | None, ...]) -> None:
+    pool_size, max_overflow, connect_attempts = numbers
     if pool_size < 1 or max_overflow < 0 or connect_attempts < 1:
         raise ValueError("pool_size and connect_attempts are at least 1, and max_overflow is not negative")
     if not all(value is None or 0 < value < math.inf for value in seconds):
         raise ValueError("a timeout is a number of seconds greater than 0")
+
+
+def _not_there_yet() -> UnavailableError:
+    return UnavailableError("the database is not available yet")
+
+
+def _settle(known: "asyncio.Future[None]") -> None:
+    if not known.done():
+        known.set_result(None)
 
 
 def _not_opened(error: Exception, dialect: PortableDialect) -> Exception:

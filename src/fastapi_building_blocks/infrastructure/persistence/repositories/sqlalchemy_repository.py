@@ -24,6 +24,7 @@ from fastapi_building_blocks.domain.query import Criterion, CursorPage, CursorRe
 from fastapi_building_blocks.domain.repository import Lock, SortKeys
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession, Transaction
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
+from fastapi_building_blocks.infrastructure.database.streams import StreamReader
 from fastapi_building_blocks.infrastructure.persistence.repositories.declared_repository import DeclaredRepository
 from fastapi_building_blocks.infrastructure.persistence.repositories.row_mapping import MISSING
 from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_statements import (
@@ -81,8 +82,10 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
                 "created_at": self.created_at_column,
             },
         )
-        if root.is_connected:  # before that, what the server can do is not known yet
+        if root.is_connected:
             root.statements[type(self)] = statements
+        else:
+            root.unlearned.add(statements)  # what the server can do is not known yet
         return statements
 
     # Reads
@@ -205,8 +208,8 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
     async def _stream(
         self, batches: AsyncGenerator[Any, None], load: Callable[..., list[T]]
     ) -> AsyncGenerator[T, None]:
-        async with aclosing(batches):
-            async for rows in batches:
+        async with StreamReader(batches) as reader:
+            async for rows in reader:
                 for entity in self._entities(load(rows)):
                     yield entity
 

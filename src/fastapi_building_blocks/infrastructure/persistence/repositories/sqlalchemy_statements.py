@@ -96,6 +96,10 @@ class StatementCache:
         self._dialect = dialect
         self._statements: dict[Hashable, Statement] = {}
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._statements.clear()
+
     def get(self, key: Hashable) -> Statement | None:
         """Return the statement of a shape, if it was compiled before."""
         return self._statements.get(key)

@@ -85,6 +85,10 @@ class TableStatements(Generic[T]):
     def _cached(self, key: Any, build: Callable[[], Any], **facts: Any) -> Statement:
         return self._cache.get(key) or self._cache.put(key, build(), self.table, shape=key[0], **facts)
 
+    def forget(self) -> None:
+        """Compile every statement anew: more is known of the server."""
+        self._cache.clear()
+
     def place(self, name: str) -> int:
         """Return the position of a column in a list of values."""
         return self._places[name]
