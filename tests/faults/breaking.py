@@ -72,9 +72,10 @@ async def ending_of(call: Awaitable[Any]) -> Ending:
 
 @dataclass
 class Lag:
-    """How late the event loop has been at most, in seconds."""
+    """How late the event loop has been at most, and how long its thread waited for a processor in all; seconds."""
 
     longest: float = 0.0
+    starved: float = 0.0
 
 
 @asynccontextmanager
@@ -94,6 +95,7 @@ async def loop_lag() -> AsyncIterator[Lag]:
         nonlocal before, due, timer
         now, after = loop.time(), waited()
         lag.longest = max(lag.longest, now - due - (after - before))
+        lag.starved += after - before
         before = after
         due = loop.time() + 0.005
         timer = loop.call_at(due, tick)
