@@ -31,8 +31,12 @@ class Chaos:
             async with self.calm:
                 self.now = self._chance.choice(list(FAULTS))
                 self.counts[self.now] += 1
+                fault = asyncio.ensure_future(FAULTS[self.now](self))
                 try:
-                    await FAULTS[self.now](self)
+                    await asyncio.shield(fault)
+                except asyncio.CancelledError:
+                    await fault  # a server that is killed has to start again
+                    raise
                 finally:
                     self._proxy.heal()
                     self._server.thaw()
@@ -76,21 +80,10 @@ class Chaos:
     async def restart(self) -> None:
         self._server.kill()
         await asyncio.sleep(self._chance.uniform(0, 0.5))
-        # Not abandoned half way by a signal that ends the soak: nobody could start it again then.
-        starting = asyncio.ensure_future(asyncio.to_thread(self._server.start))
-        try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await starting
-            raise
+        await asyncio.to_thread(self._server.start)
 
     async def kill_connections(self) -> None:
-        killing = asyncio.ensure_future(asyncio.to_thread(_kill_connections, self._url))
-        try:
-            await asyncio.shield(killing)
-        except asyncio.CancelledError:
-            await killing
-            raise
+        await asyncio.to_thread(_kill_connections, self._url)
 
 
 def _kill_connections(url: str) -> None:

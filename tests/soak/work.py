@@ -140,12 +140,14 @@ class Worker:
         _check((await self._session.execute(sa.select(sa.literal(value, sa.Integer())))).scalar_one(), value)
 
     async def engine(self) -> None:
-        # The user's own business, which no deadline of ours bounds; but its errors are SQLAlchemy's.
+        # The user's own business: no deadline of ours bounds it, and its errors are SQLAlchemy's or the driver's.
         value = self._chance.randrange(2**31)
         try:
             async with asyncio.timeout(5), self._session.engine.connect() as connection:
                 _check((await connection.execute(sa.select(sa.literal(value, sa.Integer())))).scalar_one(), value)
-        except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        except WrongAnswerError:
+            raise
+        except Exception as error:
             raise UnavailableError("on the engine") from error
 
     async def total(self) -> None:
