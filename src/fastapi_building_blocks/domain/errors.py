@@ -122,7 +122,7 @@ class ConnectionLostError(UnavailableError):
 
 
 class CommitOutcomeUnknownError(UnavailableError):
-    """The connection broke after COMMIT was sent: the transaction is whole or absent, unknown which.
+    """The connection broke after COMMIT, or a single write, was sent: it is whole or absent, unknown which.
 
     A blind retry could do the work twice, so there is no ``retry_after``: read first, then decide.
     """

@@ -83,6 +83,11 @@ def outcome_unknown() -> CommitOutcomeUnknownError:
     return CommitOutcomeUnknownError("COMMIT was sent and not answered; whether the transaction was kept is unknown")
 
 
+def write_unknown() -> CommitOutcomeUnknownError:
+    """Return the error of a single write that was sent, and whose connection broke before the answer."""
+    return CommitOutcomeUnknownError("the connection broke after a write was sent; whether it was kept is unknown")
+
+
 def out_of_time() -> StatementTimeoutError:
     """Return the error of a call that the session has ended because the database did not."""
     return StatementTimeoutError("the database did not answer in time")

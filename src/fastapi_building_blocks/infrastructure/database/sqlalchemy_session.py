@@ -32,7 +32,7 @@ from .observation import Observation, Observer
 from .plain_types import adapt_dialect
 from .session import DatabaseSession, Iteration, Operation, PoolStatus, TransactionBackend
 from .settings import DatabaseSettings
-from .sqlalchemy_errors import driver_error, out_of_time, outcome_unknown, translate, translate_commit
+from .sqlalchemy_errors import driver_error, out_of_time, outcome_unknown, translate, translate_commit, write_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -418,6 +418,8 @@ class SQLAlchemySession(DatabaseSession):
             failure = self._give_back_after(connection, error, statement)
             if self._may_replay(failure, error, statement):
                 return await self._replay(operation, statement, arguments, _REPLAYS)
+            if isinstance(failure, ConnectionLostError) and _may_write(statement):
+                failure = write_unknown()  # a statement outside a transaction is its own COMMIT
             if failure is error:
                 raise
             raise failure from driver_error(error)
@@ -446,6 +448,8 @@ class SQLAlchemySession(DatabaseSession):
             if replays > 1 and self.dialect.plan_is_stale(driver_error(error)):
                 await asyncio.sleep(_REPLAY_PAUSE * (_REPLAYS - replays + 1))
                 return await self._replay(operation, statement, arguments, replays - 1)
+            if isinstance(failure, ConnectionLostError) and _may_write(statement):
+                failure = write_unknown()
             raise failure from driver_error(error)
         except BaseException as error:
             self._pool.mend(connection)
@@ -702,6 +706,11 @@ def _not_there_yet() -> UnavailableError:
 def _settle(known: "asyncio.Future[None]") -> None:
     if not known.done():
         known.set_result(None)
+
+
+def _may_write(statement: Any) -> bool:
+    """Whether a single statement may have changed something before its connection was lost."""
+    return not (getattr(statement, "reads", False) or getattr(statement, "is_select", False))
 
 
 def _not_opened(error: Exception, dialect: PortableDialect) -> Exception:
