@@ -238,7 +238,7 @@ async def test_what_is_in_use_while_disconnecting_may_finish_and_its_connection_
         await unit.execute(sa.text("SELECT 1"))
         waiting = asyncio.create_task(session.ping())
         await until(lambda: session.pool_status().waiting == 1)
-        disconnecting = asyncio.create_task(session.disconnect())
+        disconnecting = asyncio.gather(session.disconnect(), session.disconnect())
         with pytest.raises(RuntimeError, match="disconnected"):
             await waiting
         assert (await unit.execute(sa.text("SELECT 7"))).scalar() == 7

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -20,6 +21,7 @@ from fastapi_building_blocks.domain.errors import UnavailableError
 
 from .dialects import Timeouts, dialect_for
 from .plain_types import adapt_dialect
+from .sqlalchemy_errors import driver_error, translate
 from .sqlalchemy_session import SQLAlchemySession
 
 try:
@@ -55,7 +57,7 @@ async def upgrade(database: str | sa.URL | SQLAlchemySession, directory: str | P
         revision: its id, or ``"head"`` for the newest.
 
     Raises:
-        UnavailableError: another process has been migrating the database for ten minutes.
+        UnavailableError: the database cannot be reached, or another process has been migrating it for ten minutes.
     """
     await _run_command(command.upgrade, database, directory, revision)
 
@@ -69,7 +71,7 @@ async def downgrade(database: str | sa.URL | SQLAlchemySession, directory: str |
         revision: its id, or ``"base"`` for before the first one.
 
     Raises:
-        UnavailableError: another process has been migrating the database for ten minutes.
+        UnavailableError: the database cannot be reached, or another process has been migrating it for ten minutes.
     """
     await _run_command(command.downgrade, database, directory, revision)
 
@@ -128,6 +130,7 @@ async def _run_command(
         config.attributes[_CONNECTION] = connection
         alembic_command(config, revision)
 
+    url = database.engine.url if isinstance(database, SQLAlchemySession) else sa.make_url(database)
     if isinstance(database, SQLAlchemySession) and database.dialect.in_memory:
         async with database.engine.connect() as connection:
             # A batch drops the table that it has copied; rows that refer to it are to stay.
@@ -136,8 +139,14 @@ async def _run_command(
             await connection.commit()
             await connection.exec_driver_sql("PRAGMA foreign_keys = ON")
     else:
-        url = database.engine.url if isinstance(database, SQLAlchemySession) else database
-        await _on_own_connection(url, run)
+        try:
+            await _on_own_connection(url, run)
+        except (DBAPIError, OSError) as error:
+            # What was refused is for whoever wrote the migration, in the database's words.
+            failure = translate(error, dialect_for(url, _NO_TIMEOUTS))
+            if isinstance(failure, UnavailableError):
+                raise failure from driver_error(error)
+            raise
 
 
 async def _on_own_connection(url: str | sa.URL, work: Callable[[sa.Connection], None]) -> None:
