@@ -402,7 +402,7 @@ SCRIPTS: dict[str, list[tuple[Callable[..., Awaitable[bool]], int, bool]]] = {
 async def test_t10_hermitages_anomalies_are_prevented_or_allowed_as_published(
     database_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
 ) -> None:
-    rounds = effort(1, 5)
+    rounds = effort(1, 3)
     all_differing = {}
     async with SQLAlchemySession(database_url, pool_size=4, max_overflow=0) as session:
         await session.create_tables(metadata)

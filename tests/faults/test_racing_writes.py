@@ -268,7 +268,7 @@ async def test_w3_over_http_one_of_the_writers_under_one_etag_wins_and_the_other
     effort: Callable[[int, int], int],
     shown: Callable[..., None],
 ) -> None:
-    rounds, statuses = effort(2, 40), Counter[int]()
+    rounds, statuses = effort(2, 20), Counter[int]()
     created = await client.post(USERS, json={"email": "alice@test.com", "username": "alice"})
     path, etag = f"{USERS}{created.json()['id']}", created.headers["etag"]
     for number in range(rounds):

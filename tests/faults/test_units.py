@@ -163,7 +163,7 @@ async def test_t4_whatever_a_unit_begins_with_nobody_sees_it_before_the_commit_a
 async def test_t8_of_tasks_at_once_on_a_unit_one_is_served_and_the_others_are_told_why(
     database_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
 ) -> None:
-    tries, outcomes = effort(10, 300), Counter[str]()
+    tries, outcomes = effort(10, 200), Counter[str]()
     async with opened(database_url, pool_size=2, max_overflow=0) as session:
         calls: list[Callable[[UnitOfWork, int], Any]] = [
             lambda unit, number: Accounts(unit).add(account(number)),
