@@ -16,7 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from fastapi_building_blocks.domain.errors import UnavailableError
+from fastapi_building_blocks.domain.errors import UnavailableError, UnsupportedOperationError
 
 from .dialects import Timeouts, dialect_for
 from .plain_types import adapt_dialect
@@ -51,11 +51,13 @@ async def upgrade(database: str | sa.URL | SQLAlchemySession, directory: str | P
 
     Args:
         database: its URL, or a session of it: connected, where the database is in memory and so the session's alone.
+            PostgreSQL's own, where sessions go through PgBouncer: the lock belongs to a connection.
         directory: where ``alembic.ini`` lies.
         revision: its id, or ``"head"`` for the newest.
 
     Raises:
         UnavailableError: another process has been migrating the database for ten minutes.
+        UnsupportedOperationError: the session goes through PgBouncer.
     """
     await _run_command(command.upgrade, database, directory, revision)
 
@@ -70,6 +72,7 @@ async def downgrade(database: str | sa.URL | SQLAlchemySession, directory: str |
 
     Raises:
         UnavailableError: another process has been migrating the database for ten minutes.
+        UnsupportedOperationError: the session goes through PgBouncer.
     """
     await _run_command(command.downgrade, database, directory, revision)
 
@@ -128,6 +131,11 @@ async def _run_command(
         config.attributes[_CONNECTION] = connection
         alembic_command(config, revision)
 
+    if isinstance(database, SQLAlchemySession) and not database.dialect.keeps_sessions:
+        raise UnsupportedOperationError(
+            "migrations need a connection of their own, for the lock that keeps others out: give the URL of PostgreSQL "
+            "itself, not a session behind PgBouncer"
+        )
     if isinstance(database, SQLAlchemySession) and database.dialect.in_memory:
         async with database.engine.connect() as connection:
             # A batch drops the table that it has copied; rows that refer to it are to stay.

@@ -29,6 +29,8 @@ class DatabaseSettings(BaseSettings):
     """How long the database may work on one statement before ``StatementTimeoutError``."""
     replica_urls: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
     """Read replicas, separated by commas."""
+    pgbouncer: bool = False
+    """Whether ``url`` leads to PgBouncer in transaction mode instead of to PostgreSQL itself."""
 
     @field_validator("replica_urls", mode="before")
     @classmethod

@@ -64,12 +64,14 @@ class SQLAlchemySession(DatabaseSession):
         connect_attempts: how often ``connect()`` tries before it gives up.
         statement_timeout: seconds that the database may work on one statement (``StatementTimeoutError``).
         replica_urls: read replicas; refused until they are supported.
+        pgbouncer: the URL leads to PgBouncer in transaction mode (PostgreSQL by asyncpg). Nothing is then prepared, set or
+            locked on a connection beyond its transaction, and a statement costs one round trip more.
         portable: run everything on SQLAlchemy's adapted cursors, not on the driver itself; for finding out whether the
             fast path is to blame.
 
     Raises:
-        ValueError: the URL is not one of an asynchronous driver, names no database or is not percent-encoded, or a
-            number makes no sense.
+        ValueError: the URL is not one of an asynchronous driver, names no database or is not percent-encoded, a
+            number makes no sense, or ``pgbouncer`` is said of another database.
         ModuleNotFoundError: the driver is not installed; the message has the command.
     """
 
@@ -84,6 +86,7 @@ class SQLAlchemySession(DatabaseSession):
         connect_attempts: int = 5,
         statement_timeout: float | None = 30.0,
         replica_urls: Sequence[str] = (),
+        pgbouncer: bool = False,
         portable: bool = False,
     ) -> None:
         if replica_urls:
@@ -92,7 +95,7 @@ class SQLAlchemySession(DatabaseSession):
         self._url = _checked(url)
         self._connect_attempts = connect_attempts
         self.dialect: PortableDialect = dialect_for(
-            self._url, Timeouts(connect_timeout, statement_timeout), portable=portable
+            self._url, Timeouts(connect_timeout, statement_timeout), portable=portable, pgbouncer=pgbouncer
         )
         if self.dialect.needs_database_name and not (self._url.database or self._url.query.get("database")):
             raise ValueError(
@@ -527,4 +530,4 @@ def _reason(error: Exception, dialect: PortableDialect) -> str:
     code = dialect.error_code(cause)
     if code is None:
         return type(cause).__name__
-    return f"{dialect.refusals.get(code, type(cause).__name__)} ({code})"
+    return f"{dialect.refusal(cause) or type(cause).__name__} ({code})"
