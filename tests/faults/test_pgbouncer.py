@@ -264,10 +264,10 @@ async def assert_whole(session: SQLAlchemySession) -> None:
 async def test_p7_every_way_to_use_a_session_works_on_shared_server_connections(
     bouncer: PgBouncerServer, postgresql: PostgreSQLServer, shown: Shown, effort: Effort, portable: bool
 ) -> None:
-    rounds = effort(0, 1) if portable else effort(1, 4)
+    rounds = effort(0, 1) if portable else effort(1, 2)
     if not rounds:
         pytest.skip("under --full only")
-    tasks = CLIENTS * effort(2, 4)
+    tasks = CLIENTS * effort(2, 3)
     numbers = itertools.count(10)
     statements: Counter[str] = Counter()
     servers: Counter[int] = Counter()
@@ -299,7 +299,7 @@ TYPE = ("ALTER TABLE accounts ALTER COLUMN balance TYPE real", "ALTER TABLE acco
 async def test_p7_alter_table_under_load_is_nobodys_error(
     bouncer: PgBouncerServer, postgresql: PostgreSQLServer, shown: Shown, effort: Effort
 ) -> None:
-    changes = (*COLUMN, *TYPE) * effort(3, 8)
+    changes = (*COLUMN, *TYPE) * effort(2, 5)
     altered = asyncio.Event()
     calls: Counter[str] = Counter()
     numbers = itertools.count(10)
@@ -334,7 +334,7 @@ async def test_p7_alter_table_under_load_is_nobodys_error(
 async def test_p7_cancelled_statements_end_and_disturb_nobody_else(
     bouncer: PgBouncerServer, postgresql: PostgreSQLServer, shown: Shown, effort: Effort
 ) -> None:
-    times = effort(240, 1000)
+    times = effort(200, 800)
     numbers = itertools.count(10)
     undisturbed = 0
     stopped = asyncio.Event()
@@ -354,7 +354,7 @@ async def test_p7_cancelled_statements_end_and_disturb_nobody_else(
                 await session.execute(sa.text("SELECT pg_sleep(0.002)"))
 
             share = times // len(disturbed)
-            return storm(call, share, longest_delay=0.3, concurrency=8, anyio=seed % 2 == 1, seed=seed)
+            return storm(call, share, longest_delay=0.1, concurrency=2, anyio=seed % 2 == 1, seed=seed)
 
         async with asyncio.TaskGroup() as group:
             group.create_task(reads())
