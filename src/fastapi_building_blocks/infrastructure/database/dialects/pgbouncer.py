@@ -140,7 +140,8 @@ class PgBouncerDialect(PostgreSQLDialect):
         if driver.is_in_transaction():
             await driver.execute("ROLLBACK")
         connection.info.pop(_UNSETTLED, None)
-        return not driver.is_in_transaction()
+        # A BEGIN that was cancelled makes asyncpg send SAVEPOINT next time. At rest, the connection may go.
+        return not driver.is_in_transaction() and not driver.awaits_end_of_transaction
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         if isinstance(error, _LateAnswerError):
@@ -191,6 +192,11 @@ def _connection_class(statement_timeout: float | None) -> type:
 
     class PgBouncerConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ships no types
         """Sets for the transaction what a connection of PostgreSQL's own would have set for good."""
+
+        @property
+        def awaits_end_of_transaction(self) -> bool:
+            """Whether asyncpg itself began a transaction, or tried to, and has not ended it."""
+            return self._top_xact is not None
 
         async def execute(self, query: str, *arguments: Any, **options: Any) -> str:
             if query.startswith("BEGIN"):
