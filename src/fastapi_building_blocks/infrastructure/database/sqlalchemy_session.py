@@ -507,11 +507,13 @@ class SQLAlchemySession(DatabaseSession):
         failure = translate(error, self.dialect, statement)
         if isinstance(failure, ConnectionLostError) or self.dialect.plan_is_stale(driver_error(error)):
             self._pool.discard(connection, distrust=True)
-        elif failure is error and not isinstance(error, BuildingBlocksError):
-            self._pool.mend(connection)  # not an answer of the database: the call may have ended midway
-        else:
+        elif isinstance(error, BuildingBlocksError) or (
+            failure is not error and self.dialect.is_answer(driver_error(error))
+        ):
             connection.intact = False
             self._pool.release(connection)
+        else:
+            self._pool.mend(connection)  # not an answer of the database: the call may have ended midway
         return failure
 
     def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:

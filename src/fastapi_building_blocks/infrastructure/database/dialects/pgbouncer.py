@@ -103,7 +103,7 @@ class PgBouncerDialect(PostgreSQLDialect):
             async with bound:
                 return await call
         except Exception as error:
-            if not _is_answer(error):
+            if not self.is_answer(error):
                 connection.info[_UNSETTLED] = True
             if bound.expired() and isinstance(error, TimeoutError):
                 raise _LateAnswerError from error
@@ -111,7 +111,7 @@ class PgBouncerDialect(PostgreSQLDialect):
 
     def _note_core_error(self, context: ExceptionContext) -> None:
         connection = context.connection
-        if connection is not None and not connection.invalidated and not _is_answer(context.original_exception):
+        if connection is not None and not connection.invalidated and not self.is_answer(context.original_exception):
             connection.info[_UNSETTLED] = True
 
     def in_transaction(self, connection: PooledConnection) -> bool:
@@ -167,12 +167,6 @@ class AsyncpgPgBouncerDialect(PgBouncerDialect, AsyncpgDialect):
         cursor = await prepared.cursor(*values)
         while rows := await cursor.fetch(size):
             yield rows
-
-
-def _is_answer(error: BaseException) -> bool:
-    """Whether an error came from the server, which is at rest then; the driver's own come before Sync was sent."""
-    cause = getattr(error, "driver_exception", None) or error
-    return getattr(cause, "severity", None) is not None
 
 
 def _read_dates_as_iso(connection: Any, _record: Any) -> None:

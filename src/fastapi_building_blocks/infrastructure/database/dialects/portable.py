@@ -248,6 +248,10 @@ class PortableDialect:
         """Return the database's own code of a driver's error."""
         return None
 
+    def is_answer(self, error: BaseException) -> bool:
+        """Whether an error of the driver's is the database's answer, after which the connection is at rest."""
+        return True
+
     def refusal(self, error: BaseException) -> str | None:
         """Say in words why a connection was not opened, where a driver's error tells."""
         return self.refusals.get(self.error_code(error) or "")

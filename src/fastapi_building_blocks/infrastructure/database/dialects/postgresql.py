@@ -135,10 +135,16 @@ class PostgreSQLDialect(PortableDialect):
         if connection.driver.is_closed():
             return False
         await connection.driver.execute("ROLLBACK" if connection.driver.is_in_transaction() else "SELECT 1")
-        return not connection.driver.is_in_transaction()
+        # A BEGIN of SQLAlchemy's that was cancelled leaves asyncpg's mark: the next one would be a savepoint.
+        return not connection.driver.is_in_transaction() and connection.driver._top_xact is None
 
     def error_code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlstate", None)
+
+    def is_answer(self, error: BaseException) -> bool:
+        # What asyncpg itself refuses, a value of another type say, leaves the statement described and not ended: the
+        # locks of its tables are held until the next one.
+        return getattr(getattr(error, "driver_exception", None) or error, "severity", None) is not None
 
     def refusal(self, error: BaseException) -> str | None:
         return _NEEDS_PGBOUNCER if _is_pgbouncers(error) else super().refusal(error)
