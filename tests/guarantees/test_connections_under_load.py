@@ -1,7 +1,6 @@
-"""T4, T7 and P7 under load: what the server sees of the pool, and what cancelled tasks leave behind."""
+"""T4 and P7 under load: what the server sees of the pool."""
 
 import asyncio
-import dataclasses
 import itertools
 import random
 import threading
@@ -11,20 +10,17 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import aiomysql
-import anyio
 import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import make_url
 
 from fastapi_building_blocks.domain import PageRequest, TransientError
-from fastapi_building_blocks.infrastructure import SQLAlchemyRepository, SQLAlchemySession, UnitOfWork
+from fastapi_building_blocks.infrastructure import SQLAlchemySession, UnitOfWork
 from tests.backends import Backends, str_of
 from tests.guarantees.ledger import Accounts, account, opened
-from tests.server_view import open_transactions, until
-
-CANCELLATIONS = 1000  # by cancelled tasks and by scopes, together
-BULK = 2000
+from tests.guarantees.mixed_work import BULK, Items, MixedWork, items, loaded
+from tests.server_view import until
 
 on_every_path = pytest.mark.parametrize(
     ("database_url", "portable"),
@@ -33,44 +29,12 @@ on_every_path = pytest.mark.parametrize(
     indirect=["database_url"],
 )
 
-bulk_metadata = sa.MetaData()
-
-
-@dataclasses.dataclass
-class Item:
-    id: int
-    batch: int
-
-
-class Items(SQLAlchemyRepository[Item]):
-    """Rows that are written by the thousand, apart from those that others read."""
-
-    table = sa.Table(
-        "items",
-        bulk_metadata,
-        sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False),
-        sa.Column("batch", sa.Integer(), nullable=False),
-    )
-
-
-def items(batch: int) -> Iterator[Item]:
-    return (Item(batch * BULK + number, batch) for number in range(BULK))
-
 
 @pytest.fixture(params=["sqlite", "postgres", "mysql", "asyncmy"])
 def database_url(request: pytest.FixtureRequest, backends: Backends, sqlite_url: str) -> Iterator[str]:
     """An empty database of this test alone, on each database by each of its drivers."""
     with backends.database_by_driver(request.param, sqlite_url) as url:
         yield url
-
-
-@asynccontextmanager
-async def loaded(url: str, **knobs: Any) -> AsyncIterator[SQLAlchemySession]:
-    """Yield a session with ten accounts and no items."""
-    async with opened(url, pool_timeout=60, **knobs) as session:
-        await session.create_tables(bulk_metadata)
-        await Accounts(session).add_many([account(number, number) for number in range(10)])
-        yield session
 
 
 # Server connections
@@ -133,13 +97,13 @@ def observed(url: str) -> Iterator[Counter[int]]:
 async def test_the_server_never_sees_more_than_pool_size_and_overflow(database_url: str, portable: bool) -> None:
     chance = random.Random(11)
     async with loaded(database_url, pool_size=3, max_overflow=3, portable=portable) as session:
-        numbers = itertools.count(100)
+        mixed = MixedWork(session, 11, bulk=0.02)
         cancelled = 0
 
         async def work() -> None:
             nonlocal cancelled
             for _ in range(2):
-                task = asyncio.create_task(some_work(session, chance, numbers, bulk=0.02))
+                task = asyncio.create_task(mixed.once())
                 if chance.random() < 0.5:
                     await until(lambda: session.pool_status().waiting < 150)
                     await asyncio.sleep(chance.random() / 10)
@@ -191,44 +155,6 @@ async def test_a_cancelled_statement_that_the_server_still_runs_costs_no_connect
         most = 4 if free or "postgres" in database_url else 5
         assert max(seen) <= most, f"connections seen, and how often: {sorted(seen.items())}"
         assert session.pool_status().idle <= 4
-
-
-async def some_work(
-    session: SQLAlchemySession, chance: random.Random, numbers: Iterator[int], bulk: float = 0.1
-) -> None:
-    """One of the ways to use a session; what it writes to accounts, it writes in pairs, and items by the thousand."""
-    repository = Accounts(session)
-    if chance.random() < bulk:
-        await Items(session).add_many(items(next(numbers)))
-        return
-    kind = chance.randrange(7)
-    if kind == 0:
-        assert (await repository.get(3)).balance == 3
-    elif kind == 1:
-        assert len((await repository.paginate(PageRequest(limit=5), sort="id")).items) == 5
-    elif kind == 2:
-        await repository.add(account(-next(numbers)))
-    elif kind == 3:
-        number = next(numbers) * 2
-        async with session.transaction() as unit:
-            await Accounts(unit).add(account(number))
-            assert (await Accounts(unit).get(3)).balance == 3
-            await Accounts(unit).add(account(number + 1))
-    elif kind == 4:
-        async for one in repository.stream(batch_size=5):
-            assert one.number == f"A{one.id}"
-    elif kind == 5:
-        async for row in session.stream(sa.text("SELECT id, number FROM accounts")):
-            assert row.number == f"A{row.id}"
-    else:
-        number = next(numbers) * 2
-        async with session.transaction() as unit:
-            await unit.execute(sa.insert(Accounts.table), [_row(number), _row(number + 1)])
-            assert (await unit.execute(sa.text("SELECT 7"))).scalar() == 7
-
-
-def _row(number: int) -> dict[str, Any]:
-    return {"id": number, "number": f"A{number}", "balance": 0}
 
 
 # ALTER TABLE
@@ -389,44 +315,3 @@ async def test_t4_bulk_rows_are_undone_with_the_unit(database_url: str, first: b
         async with session.transaction() as unit:
             await Items(unit).add_many(items(0))
         assert await Items(session).count() == BULK
-
-
-# Cancellation
-
-
-@pytest.mark.parametrize("how", ["task", "scope"])
-async def test_t7_random_cancellations_leave_nothing_behind(database_url: str, how: str) -> None:
-    chance = random.Random(f"{how} {database_url[:12]}")
-    async with loaded(database_url, pool_size=4, max_overflow=4) as session:
-        numbers = itertools.count(100)
-        cancelled = 0
-
-        async def in_task(delay: float) -> bool:
-            task = asyncio.create_task(some_work(session, chance, numbers))
-            await asyncio.sleep(delay)
-            task.cancel()
-            await asyncio.wait([task])
-            if not task.cancelled():
-                task.result()
-            return task.cancelled()
-
-        async def in_scope(delay: float) -> bool:
-            with anyio.move_on_after(delay) as scope:
-                await some_work(session, chance, numbers)
-            return scope.cancelled_caught
-
-        interrupt = in_task if how == "task" else in_scope
-        while cancelled < CANCELLATIONS // 2:
-            cancelled += sum(await asyncio.gather(*[interrupt(chance.random() / 200) for _ in range(20)]))
-        await until(lambda: session.pool_status().checked_out == 0)
-        if "sqlite" not in database_url:
-            await until(lambda: open_transactions(database_url) == 0)
-        repository = Accounts(session)
-        for start in range(20):  # a connection that was returned half-read would answer somebody else's row
-            found = await asyncio.gather(*[repository.get((start + number) % 10) for number in range(2 * 4)])
-            assert [one.id for one in found] == [(start + number) % 10 for number in range(2 * 4)]
-        stored = {one.id for one in await repository.get_all()}
-        assert {number ^ 1 for number in stored if number >= 100} == {number for number in stored if number >= 100}
-        batches = await session.execute(sa.select(Items.table.c.batch, sa.func.count()).group_by(Items.table.c.batch))
-        assert {count for _, count in batches} <= {BULK}
-        assert session.pool_status().checked_out == 0

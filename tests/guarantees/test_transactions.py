@@ -1,7 +1,6 @@
 """T2 to T5 and P3 of the guarantees, against real servers with real clashes."""
 
 import asyncio
-import random
 from typing import Any
 
 import pytest
@@ -121,36 +120,6 @@ async def test_t4_a_repository_never_commits_inside_a_callers_transaction(
                         await write(Accounts(unit))
                         raise LeaveTheBlock
             assert await Accounts(session).get_all(sort="id") == stored, name
-
-
-@on_servers
-async def test_t5_bank_transfers_keep_the_total(database_url: str) -> None:
-    chance = random.Random(7)
-    async with opened(database_url, pool_size=8, max_overflow=8, pool_timeout=60) as session:
-        await Accounts(session).add_many([account(number, 100) for number in range(10)])
-        attempts = 0
-
-        async def transfer(source: int, target: int, amount: int) -> None:
-            async def work(unit: UnitOfWork) -> None:
-                nonlocal attempts
-                attempts += 1
-                repository = Accounts(unit)
-                giver, taker = await repository.get(source), await repository.get(target)
-                await repository.patch(source, {"balance": giver.balance - amount})
-                await repository.patch(target, {"balance": taker.balance + amount})
-
-            await session.run(work, attempts=50, isolation="SERIALIZABLE")
-
-        async def teller() -> None:
-            for _ in range(8):
-                source, target = chance.sample(range(10), 2)
-                await transfer(source, target, chance.randint(1, 50))
-
-        await asyncio.gather(*[teller() for _ in range(16)])
-        assert attempts > 16 * 8, "they clashed"
-        assert sum(found.balance for found in await Accounts(session).get_all()) == 1000
-        assert session.pool_status().checked_out == 0
-        assert open_transactions(database_url) == 0
 
 
 async def test_t5_a_busy_sqlite_file_is_waited_for_and_then_a_clash(sqlite_url: str) -> None:

@@ -21,7 +21,7 @@ from fastapi_building_blocks.domain import (
 from fastapi_building_blocks.domain import errors as domain_errors
 from fastapi_building_blocks.infrastructure import SQLAlchemyRepository, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database import sqlalchemy_errors
-from fastapi_building_blocks.infrastructure.database.dialects import mssql, mysql, postgresql, sqlite
+from fastapi_building_blocks.infrastructure.database.dialects import Timeouts, mssql, mysql, postgresql, sqlite
 
 metadata = sa.MetaData()
 teams = sa.Table(
@@ -192,7 +192,7 @@ def test_every_code_of_every_table_becomes_an_error_with_a_sentence(
         "mysql": mysql.AiomysqlDialect,
         "sqlite": sqlite.AiosqliteDialect,
         "mssql": mssql.SQLServerDialect,
-    }[name](None)
+    }[name](Timeouts(5.0, None))
     failure = sqlalchemy_errors.translate(error, dialect)
     assert type(failure) is kind
     assert failure.detail
@@ -207,6 +207,6 @@ def test_every_kind_without_fields_has_a_sentence_of_its_own() -> None:
 
 
 def test_what_is_not_the_databases_business_comes_back_as_it_is() -> None:
-    dialect = postgresql.AsyncpgDialect(None)  # type: ignore[arg-type]
+    dialect = postgresql.AsyncpgDialect(Timeouts(5.0, None))
     for error in (ZeroDivisionError(), RuntimeError("x"), TypeError("y"), DuplicateKeyError("z")):
         assert sqlalchemy_errors.translate(error, dialect) is error

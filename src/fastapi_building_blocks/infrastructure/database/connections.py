@@ -8,27 +8,45 @@ Three rules keep it honest:
   borrower never has to reconnect on the way.
 - Whoever waits longest is served first; a returned connection is handed over directly.
 - After one connection was found broken, those opened before it are distrusted and replaced.
+
+A look around, ten times a second while a connection is lent, ends calls whose time is over, replaces connections that
+are old, and finds those that nobody gives back: none of that costs a call more than a timestamp.
 """
 
 import asyncio
 import logging
+import math
+import random
+import sys
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, TypeVar
 
+import greenlet
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util import await_, greenlet_spawn
 
 from fastapi_building_blocks.domain.errors import PoolTimeoutError
+
+from .deadlines import current_deadline, deadline_passed, time_left
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
 _CLOSE_TIMEOUT = 2.0
-_RECOVER_TIMEOUT = 5.0
+_RECOVER_TIMEOUT = 2.0
+_LOOK_AGAIN = 0.1
+"""Seconds between two looks at the connections that are lent."""
+_GRACE = 0.2
+"""Seconds that a call may take to end after it was asked to, before it is cancelled."""
+_RECYCLE_JITTER = 0.1
+"""What share of their age connections are replaced early, so that not all are at once."""
+_NEVER = math.inf
 _PATIENCE = 0.2
 """Seconds that statements of cancelled callers may take to end by themselves, where there are no others."""
 _ABORT_TIMEOUT = 0.3
@@ -42,11 +60,25 @@ _reservation: ContextVar[object | None] = ContextVar("reservation", default=None
 class PooledConnection(PoolProxiedConnection):
     """One connection of the pool, with the driver's own object at hand; SQLAlchemy can run on it as well."""
 
-    __slots__ = ("_record", "dbapi_connection", "driver", "epoch", "intact", "valid")
+    __slots__ = (
+        "_caller",
+        "_cancelling",
+        "_is_cancelled",
+        "_record",
+        "dbapi_connection",
+        "driver",
+        "epoch",
+        "intact",
+        "is_late",
+        "lent",
+        "old_at",
+        "until",
+        "valid",
+    )
 
     dbapi_connection: Any
 
-    def __init__(self, record: ConnectionPoolEntry, epoch: int) -> None:
+    def __init__(self, record: ConnectionPoolEntry, epoch: int, old_at: float = _NEVER) -> None:
         self._record = record
         self.dbapi_connection = record.dbapi_connection
         self.driver: Any = record.driver_connection
@@ -54,6 +86,49 @@ class PooledConnection(PoolProxiedConnection):
         self.valid = True
         self.intact = True
         """False once statements of unknown content ran on it: its transaction state is checked on return."""
+        self.old_at = old_at
+        """When it is replaced, by ``time.monotonic()``."""
+        self.until = _NEVER
+        """When the call that is open on it has to end, by ``time.monotonic()``."""
+        self.is_late = False
+        """Whether that call was asked to end."""
+        self.lent: tuple[float, str] | None = None
+        """Since when, and from which line, it is held by what may hold it long; None: not held, or reported."""
+        self._caller: asyncio.Task[Any] | None = None
+        self._is_cancelled = False
+        self._cancelling = 0
+
+    def start_clock(self, patience: float, *, heeds_deadline: bool = True) -> None:
+        """Give the call that follows so many seconds, or what the deadline around it leaves.
+
+        Raises:
+            DeadlineExceededError: it leaves nothing.
+        """
+        now = time.monotonic()
+        until = now + patience
+        end = current_deadline.get() if heeds_deadline else None
+        if end is not None and end < until:
+            if end <= now:
+                raise deadline_passed()
+            until = end
+        self._caller = asyncio.current_task()
+        self.is_late = self._is_cancelled = False
+        self.until = until
+
+    def cancel_call(self) -> None:
+        """Cancel the task that waits for the call."""
+        self.until = _NEVER
+        if self._caller is not None:
+            self.is_late = self._is_cancelled = True
+            self._cancelling = self._caller.cancelling()
+            self._caller.cancel()
+
+    def ran_out_of_time(self, error: BaseException) -> bool:
+        """Whether ``error`` is what ``cancel_call`` has raised, and nobody else wants the task to end."""
+        if not (self._is_cancelled and isinstance(error, asyncio.CancelledError) and self._caller is not None):
+            return False
+        self._is_cancelled = False
+        return self._caller.uncancel() <= self._cancelling
 
     @property
     def driver_connection(self) -> Any:  # type: ignore[override]  # SQLAlchemy's own is a property as well
@@ -95,17 +170,22 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     The session sets what only its dialect knows: ``is_dead`` (does the driver know that a connection is
     gone?), ``in_transaction`` (was a transaction left open?), ``recover`` (make an interrupted connection
-    usable again, or answer False), ``is_abandoned`` and ``end_abandoned`` (does the server still run what was
-    interrupted, and how does another connection end that?) and ``connect_timeout`` (seconds). It lends nothing before
-    ``reopen``, or ``reserve`` for those who ``enter``.
+    usable again, or answer False), ``interrupt`` (ask what a connection runs to end; answers whether that is possible),
+    ``is_abandoned`` and ``end_abandoned`` (does the server still run what was
+    interrupted, and how does another connection end that?), and times in seconds: ``connect_timeout``, ``recycle`` (the
+    age at which a connection is replaced) and ``leak_threshold``. It lends nothing before ``reopen``, or ``reserve`` for
+    those who ``enter``.
     """
 
     is_dead: Callable[[Any], bool]
     in_transaction: Callable[[PooledConnection], bool]
     recover: Callable[[PooledConnection], Awaitable[bool]]
+    interrupt: Callable[[PooledConnection], bool]
     is_abandoned: Callable[[PooledConnection], bool]
     end_abandoned: Callable[[PooledConnection, PooledConnection], Awaitable[None]]
     connect_timeout: float = 5.0
+    recycle: float = _NEVER
+    leak_threshold: float = _NEVER
 
     def __init__(
         self, creator: Any, pool_size: int = 5, max_overflow: int = 10, timeout: float = 5.0, **arguments: Any
@@ -127,6 +207,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._draining: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
         self._least_idle = 0
 
     # Borrowing
@@ -134,6 +215,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     def take(self) -> PooledConnection | None:
         """Return an idle connection, the one used last, or None: then ``acquire``."""
         idle = self._idle
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look)
         while idle:
             connection = idle.pop()
             if not self.is_dead(connection.driver):
@@ -146,10 +229,22 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         """Return a connection: an idle one, a new one, or the next that is returned.
 
         Raises:
-            PoolTimeoutError: none became free within the pool timeout (seconds).
+            PoolTimeoutError: none became free within the pool timeout (seconds), or the deadline around the call.
             TimeoutError: a new one could not be opened within the connect timeout (seconds).
         """
         self.check_open()
+        left = time_left()
+        if left is None:
+            return await self._acquire()
+        try:
+            async with asyncio.timeout(left) as timeout:
+                return await self._acquire()
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise PoolTimeoutError("no database connection became free before the deadline") from error
+
+    async def _acquire(self) -> PooledConnection:
         connection = self.take()
         if connection is not None:
             return connection
@@ -176,6 +271,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def release(self, connection: PooledConnection) -> None:
         """Give a healthy connection back, to whoever waits longest."""
+        connection.until = _NEVER
+        connection.lent = None
         if connection.epoch != self._epoch or not connection.valid or self._closed:
             self.discard(connection)
             return
@@ -197,12 +294,16 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def discard(self, connection: PooledConnection, *, distrust: bool = False) -> None:
         """Close a connection in the background and free its place; with ``distrust``, doubt the others as well."""
+        connection.until = _NEVER
+        connection.lent = None
         if distrust:
             self.distrust(connection)
         self._in_background(self._close(connection))
 
     def mend(self, connection: PooledConnection) -> None:
         """Take back a connection whose call was interrupted; it is lent again only once it is known to be sound."""
+        connection.until = _NEVER
+        connection.lent = None
         self._in_background(self._recover(connection))
 
     def distrust(self, connection: PooledConnection) -> None:
@@ -211,6 +312,37 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             self._epoch += 1
             while self._idle:
                 self.discard(self._idle.pop())
+
+    def note_holder(self, connection: PooledConnection) -> None:
+        """Remember who holds a connection from here on, for what may hold it for long."""
+        if self.leak_threshold < _NEVER:
+            connection.lent = (time.monotonic(), _place_of_caller())
+
+    def _look(self) -> None:
+        """Look at every connection once: for calls that are late, holders that forgot, and age."""
+        now = time.monotonic()
+        for connection in tuple(self._connections):
+            if connection.until <= now:
+                if not connection.is_late and self.interrupt(connection):
+                    connection.is_late = True
+                    connection.until = now + _GRACE
+                else:
+                    connection.cancel_call()
+            if connection.lent is not None and now - connection.lent[0] > self.leak_threshold:
+                logger.warning(
+                    "a database connection is held for more than %g s; it was taken at %s",
+                    self.leak_threshold,
+                    connection.lent[1],
+                )
+                connection.lent = None
+            if connection.old_at <= now:
+                connection.old_at = _NEVER
+                connection.epoch = -1  # closed on its return
+                if connection in self._idle:
+                    self._idle.remove(connection)
+                    self.discard(connection)
+        lends = self._open > len(self._idle)
+        self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look) if lends else None
 
     def _in_background(self, work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
         """Run what is finished even if nobody waits for it; ``drain`` does."""
@@ -236,7 +368,11 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_exception(RuntimeError("the session was disconnected"))
         while self._idle:
             self.discard(self._idle.pop())
-        if await self._is_empty_within(patience):
+        is_empty = await self._is_empty_within(patience)
+        if self._watch is not None:  # until here it has ended calls that were late
+            self._watch.cancel()
+            self._watch = None
+        if is_empty:
             return 0
         late = tuple(self._connections)
         for connection in late:
@@ -309,7 +445,9 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     def _wrap(self, record: ConnectionPoolEntry) -> PooledConnection:
         connection: PooledConnection | None = record.info.get("pooled")
         if connection is None or connection.dbapi_connection is not record.dbapi_connection:
-            connection = record.info["pooled"] = PooledConnection(record, self._epoch)
+            age = self.recycle * random.uniform(1 - _RECYCLE_JITTER, 1)  # noqa: S311 - jitter, not a secret
+            connection = PooledConnection(record, self._epoch, time.monotonic() + age)
+            record.info["pooled"] = connection
             self._connections.add(connection)
         return connection
 
@@ -424,6 +562,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def _do_get(self) -> ConnectionPoolEntry:
         connection = self.take() or await_(self.acquire())
+        self.note_holder(connection)
         return connection.record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
@@ -478,6 +617,24 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def status(self) -> str:
         return f"{self.checkedout()} lent, {self.checkedin()} idle, {self.waiting()} waiting, at most {self.limit}"
+
+
+_LIBRARIES = ("fastapi_building_blocks", "sqlalchemy", "contextlib", "asyncio")
+
+
+def _place_of_caller() -> str:
+    """Return the line outside of this library and SQLAlchemy from which a connection is taken."""
+    frame: FrameType | None = sys._getframe(1)
+    inside = greenlet.getcurrent()
+    while True:
+        while frame is not None:
+            if not frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
+                return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+            frame = frame.f_back
+        if inside.parent is None:
+            return "an unknown place"
+        inside = inside.parent
+        frame = inside.gr_frame
 
 
 def not_connected() -> RuntimeError:

@@ -7,7 +7,8 @@ from contextvars import ContextVar
 
 from fastapi_building_blocks.domain.errors import DeadlineExceededError
 
-_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+current_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+"""When the work of this context has to be done, by ``time.monotonic()``."""
 
 
 @contextmanager
@@ -31,12 +32,12 @@ def deadline(seconds: float) -> Iterator[None]:
     """
     if not seconds > 0:
         raise ValueError("a deadline is a number of seconds greater than 0")
-    end, earlier = time.monotonic() + seconds, _deadline.get()
-    token = _deadline.set(end if earlier is None else min(end, earlier))
+    end, earlier = time.monotonic() + seconds, current_deadline.get()
+    token = current_deadline.set(end if earlier is None else min(end, earlier))
     try:
         yield
     finally:
-        _deadline.reset(token)
+        current_deadline.reset(token)
 
 
 def time_left() -> float | None:
@@ -45,10 +46,15 @@ def time_left() -> float | None:
     Raises:
         DeadlineExceededError: there is none left.
     """
-    end = _deadline.get()
+    end = current_deadline.get()
     if end is None:
         return None
     left = end - time.monotonic()
     if left <= 0:
-        raise DeadlineExceededError("the time that this work had is over")
+        raise deadline_passed()
     return left
+
+
+def deadline_passed() -> DeadlineExceededError:
+    """Return the error of work whose time was over before it began."""
+    return DeadlineExceededError("the time that this work had is over")

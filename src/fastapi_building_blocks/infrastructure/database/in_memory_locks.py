@@ -5,7 +5,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fastapi_building_blocks.domain.errors import DeadlockError
+from fastapi_building_blocks.domain.errors import DeadlockError, StatementTimeoutError
+
+from .deadlines import time_left
 
 Resource = tuple[Any, ...]
 """What is locked: ``("row", collection, key)`` or ``("unique", collection, names, values)``."""
@@ -60,7 +62,9 @@ class InMemoryLocks:
 
         Raises:
             DeadlockError: waiting would close a circle, or took longer than the lock timeout.
+            StatementTimeoutError: it took longer than the deadline around the call.
         """
+        left = time_left()
         held = self._held.setdefault(resource, _Held())
         mine = held.holders.get(transaction)
         if mine is not None and (mine or not exclusive):
@@ -79,9 +83,11 @@ class InMemoryLocks:
         try:
             if self._closes_a_circle(transaction):
                 raise DeadlockError("this transaction and another one waited for each other")
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout if left is None else min(left, self._timeout)):
                 await waiter.granted
         except TimeoutError as error:
+            if left is not None and left < self._timeout:
+                raise StatementTimeoutError("a lock did not become free before the deadline") from error
             raise DeadlockError("this transaction waited too long for a lock") from error
         finally:
             transaction.waits_for = None

@@ -162,6 +162,7 @@ class InMemorySession(DatabaseSession):
 
     async def perform(self, operation: Operation, statement: Any, arguments: Any) -> Any:
         transaction = self.open_transaction(None, read_only=False)
+        transaction.start_clock()
         await transaction.begin()
         try:
             answer = await operation(transaction, statement, arguments)
@@ -173,6 +174,7 @@ class InMemorySession(DatabaseSession):
 
     async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
         transaction = self.open_transaction(None, read_only=True)
+        transaction.start_clock()
         await transaction.begin()
         try:
             async with aclosing(operation(transaction, statement, arguments)) as batches:

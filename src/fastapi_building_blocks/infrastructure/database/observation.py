@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from .dialects import PortableDialect
-from .sqlalchemy_errors import translate
+from .sqlalchemy_errors import out_of_time, translate
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ class Observation:
             except Exception:
                 logger.exception("an observer of statements failed; the statement did not")
 
-    def _failure(self, error: BaseException, statement: Any = None) -> Exception:
+    def _failure(self, connection: Any, error: BaseException, statement: Any = None) -> Exception:
         if not isinstance(error, Exception):
-            return InterruptedError("the call was cancelled")
+            return out_of_time() if connection.is_late else InterruptedError("the call was cancelled")
         return translate(error, self._dialect, statement)
 
     # The driver's path
@@ -92,7 +92,7 @@ class Observation:
             try:
                 answer = await operation(connection, statement, arguments)
             except BaseException as error:
-                failure, seconds = self._failure(error, statement), time.perf_counter() - since
+                failure, seconds = self._failure(connection, error, statement), time.perf_counter() - since
                 self._tell(statement.sql, statement.name, 0, seconds, failure)
                 raise
             finally:
@@ -111,7 +111,7 @@ class Observation:
             try:
                 await command(connection, *arguments)
             except BaseException as error:
-                self._tell(name, name, 0, time.perf_counter() - since, self._failure(error))
+                self._tell(name, name, 0, time.perf_counter() - since, self._failure(connection, error))
                 raise
             return self._tell(name, name, 0, time.perf_counter() - since)
 
@@ -133,7 +133,7 @@ class Observation:
                 raise
             except BaseException as error:
                 seconds += time.perf_counter() - since
-                self._tell(statement.sql, statement.name, rows, seconds, self._failure(error, statement))
+                self._tell(statement.sql, statement.name, rows, seconds, self._failure(connection, error, statement))
                 raise
             finally:
                 self._busy.discard(connection)
@@ -153,7 +153,7 @@ class Observation:
         since = getattr(failure.execution_context, "observed_since", None)
         if since is not None:
             seconds = time.perf_counter() - since
-            self._tell(failure.statement, "core", 0, seconds, self._failure(failure.original_exception))
+            self._tell(failure.statement, "core", 0, seconds, self._failure(failure.connection.connection, failure.original_exception))
 
 
 def _rows_in(operation: Any, answer: Any) -> int:

@@ -2,15 +2,19 @@
 
 import asyncio
 import logging
+import math
 import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from fastapi_building_blocks.domain.errors import TransientError, UnsupportedOperationError
+from fastapi_building_blocks.domain.errors import DeadlineExceededError, TransientError, UnsupportedOperationError
+
+from .deadlines import time_left
+from .streams import StreamReader
 
 if TYPE_CHECKING:
     from fastapi_building_blocks.infrastructure.persistence.unit_of_work import UnitOfWork
@@ -125,7 +129,7 @@ class DatabaseSession(ABC):
             except TransientError as error:
                 longest = min(_REPLAY_FIRST_DELAY * 2**attempt, _REPLAY_LONGEST_DELAY)
                 delay = random.uniform(0, longest)  # noqa: S311 - jitter, not a secret
-                if attempt == attempts or time.monotonic() + delay > give_up:
+                if attempt == attempts or time.monotonic() + delay > give_up or delay > (time_left() or math.inf):
                     raise
                 logger.info("unit of work replayed", extra={"error": error.code, "attempt": attempt})
                 await asyncio.sleep(delay)
@@ -154,7 +158,7 @@ class DatabaseSession(ABC):
             raise TypeError("a statement is a SQLAlchemy construct: wrap SQL in sqlalchemy.text()")
         if getattr(statement, "is_dml", False):
             raise TypeError("stream() reads: what writes goes to execute()")
-        async with aclosing(self.iterate(self.root.stream_on, statement, parameters)) as batches:
+        async with StreamReader(self.iterate(self.root.stream_on, statement, parameters)) as batches:
             async for batch in batches:
                 for row in batch:
                     yield row
@@ -260,6 +264,21 @@ class TransactionBackend(ABC):
     @abstractmethod
     def abandon(self) -> None:
         """Give up a connection whose call was interrupted midway; it is mended or closed in the background."""
+
+    def start_clock(self) -> None:
+        """Begin a call on the connection, which may take so long and no longer.
+
+        Raises:
+            DeadlineExceededError: the time of the work that it belongs to is over.
+        """
+        time_left()
+
+    def stop_clock(self) -> None:  # noqa: B027 - a store whose calls cannot hang has no clock
+        """End the call."""
+
+    def ran_out_of_time(self, error: BaseException) -> DeadlineExceededError | None:
+        """Return what to raise if the call was cancelled because its time was over; None: it was not."""
+        return None
 
     @abstractmethod
     async def savepoint(self, name: str) -> None:

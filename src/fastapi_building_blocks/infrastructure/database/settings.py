@@ -26,7 +26,11 @@ class DatabaseSettings(BaseSettings):
     connect_attempts: int = Field(5, ge=1)
     """How often ``connect()`` tries, with growing delays, before it gives up."""
     statement_timeout: float | None = Field(30.0, gt=0, allow_inf_nan=False)
-    """How long the database may work on one statement before ``StatementTimeoutError``."""
+    """How long one statement may take before ``StatementTimeoutError``, whether the database still answers or not."""
+    recycle: float | None = Field(1800.0, gt=0, allow_inf_nan=False)
+    """The age at which a connection is replaced."""
+    leak_threshold: float | None = Field(60.0, gt=0, allow_inf_nan=False)
+    """How long a connection may be held before the log says where it was taken."""
     shutdown_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
     """How long ``disconnect()`` waits for connections in use before it closes them all the same."""
     replica_urls: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)

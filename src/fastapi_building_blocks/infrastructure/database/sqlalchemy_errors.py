@@ -74,10 +74,18 @@ def translate_commit(error: Exception, dialect: PortableDialect) -> Exception:
     """Return the domain's error for one that COMMIT raised: if the connection broke, the outcome is unknown."""
     failure = translate(error, dialect)
     if isinstance(failure, ConnectionLostError) or isinstance(driver_error(error), TimeoutError):
-        return CommitOutcomeUnknownError(
-            "the connection broke after COMMIT was sent; whether the transaction was kept is unknown"
-        )
+        return outcome_unknown()
     return failure
+
+
+def outcome_unknown() -> CommitOutcomeUnknownError:
+    """Return the error of a COMMIT that was sent and not answered."""
+    return CommitOutcomeUnknownError("COMMIT was sent and not answered; whether the transaction was kept is unknown")
+
+
+def out_of_time() -> StatementTimeoutError:
+    """Return the error of a call that the session has ended because the database did not."""
+    return StatementTimeoutError("the database did not answer in time")
 
 
 def _table_of(statement: Any) -> sa.Table | None:

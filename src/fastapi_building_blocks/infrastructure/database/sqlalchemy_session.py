@@ -20,17 +20,19 @@ from sqlalchemy.util import greenlet_spawn
 from fastapi_building_blocks.domain.errors import (
     BuildingBlocksError,
     ConnectionLostError,
+    StatementTimeoutError,
     UnavailableError,
     UnsupportedOperationError,
 )
 
 from .connections import ConnectionPool, PooledConnection, not_connected
+from .deadlines import deadline
 from .dialects import PortableDialect, Timeouts, dialect_for
 from .observation import Observation, Observer
 from .plain_types import adapt_dialect
 from .session import DatabaseSession, Iteration, Operation, PoolStatus, TransactionBackend
 from .settings import DatabaseSettings
-from .sqlalchemy_errors import driver_error, translate, translate_commit
+from .sqlalchemy_errors import driver_error, out_of_time, outcome_unknown, translate, translate_commit
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ _REPLAYS = 5
 """How often a statement is prepared anew when ALTER TABLE has made its plan stale."""
 _REPLAY_PAUSE = 0.02
 """Seconds before the second of them; each later one waits as much longer."""
+_ROLLBACK_TIMEOUT = 2.0
 _CONNECT_WINDOW = 60.0
 _CONNECT_FIRST_DELAY = 0.2
 _CONNECT_LONGEST_DELAY = 5.0
@@ -75,7 +78,10 @@ class SQLAlchemySession(DatabaseSession):
         pool_timeout: seconds that a caller waits for a connection (``PoolTimeoutError``).
         connect_timeout: seconds that opening one connection may take.
         connect_attempts: how often ``connect()`` tries before it gives up.
-        statement_timeout: seconds that the database may work on one statement (``StatementTimeoutError``).
+        statement_timeout: seconds that one statement may take (``StatementTimeoutError``), whether the database ends it,
+            or does not answer any more and the session does.
+        recycle: seconds after which a connection is replaced, the next time that nobody uses it; None: never.
+        leak_threshold: seconds after which a held connection is logged, with the line that took it; None: never.
         shutdown_timeout: seconds that ``disconnect()`` waits for connections in use before it closes them all the same.
         replica_urls: read replicas; refused until they are supported.
         portable: run everything on SQLAlchemy's adapted cursors, not on the driver itself; for finding out whether the
@@ -97,6 +103,8 @@ class SQLAlchemySession(DatabaseSession):
         connect_timeout: float = 5.0,
         connect_attempts: int = 5,
         statement_timeout: float | None = 30.0,
+        recycle: float | None = 1800.0,
+        leak_threshold: float | None = 60.0,
         shutdown_timeout: float = 10.0,
         replica_urls: Sequence[str] = (),
         portable: bool = False,
@@ -104,13 +112,8 @@ class SQLAlchemySession(DatabaseSession):
         if replica_urls:
             raise UnsupportedOperationError("read replicas are not supported yet: leave replica_urls empty")
         _check_knobs(
-            pool_size,
-            max_overflow,
-            connect_attempts,
-            pool_timeout,
-            connect_timeout,
-            statement_timeout,
-            shutdown_timeout,
+            (pool_size, max_overflow, connect_attempts),
+            (pool_timeout, connect_timeout, statement_timeout, recycle, leak_threshold, shutdown_timeout),
         )
         self._url = _checked(url)
         self._connect_attempts = connect_attempts
@@ -164,9 +167,13 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.is_dead = self.dialect.is_dead
         self._pool.in_transaction = self.dialect.in_transaction
         self._pool.recover = self.dialect.recover
+        self._pool.interrupt = self.dialect.interrupt
         self._pool.is_abandoned = self.dialect.is_abandoned
         self._pool.end_abandoned = self.dialect.end_abandoned
         self._pool.connect_timeout = connect_timeout
+        self._pool.recycle = math.inf if recycle is None else recycle
+        self._pool.leak_threshold = math.inf if leak_threshold is None else leak_threshold
+        self._patience = self.dialect.patience
         self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
 
     @classmethod
@@ -348,9 +355,10 @@ class SQLAlchemySession(DatabaseSession):
         """Ask the database for a sign of life.
 
         Raises:
-            UnavailableError, DeadlineExceededError: there is none.
+            UnavailableError, DeadlineExceededError: there is none within ``connect_timeout``.
         """
-        await self.perform(self.dialect.fetch, _Ping, ())
+        with deadline(self.dialect.timeouts.connect):
+            await self.perform(self.dialect.fetch, _Ping, ())
 
     def pool_status(self) -> PoolStatus:
         """Return how many connections there are, lent and idle, and how many tasks wait for one."""
@@ -404,6 +412,7 @@ class SQLAlchemySession(DatabaseSession):
         if connection is None:
             connection = await self._acquire()
         try:
+            connection.start_clock(self._patience)
             answer = await operation(connection, statement, arguments)
         except Exception as error:
             failure = self._give_back_after(connection, error, statement)
@@ -412,8 +421,10 @@ class SQLAlchemySession(DatabaseSession):
             if failure is error:
                 raise
             raise failure from driver_error(error)
-        except BaseException:
+        except BaseException as error:
             self._pool.mend(connection)
+            if connection.ran_out_of_time(error):
+                raise out_of_time() from None
             raise
         self._pool.release(connection)
         return answer
@@ -428,6 +439,7 @@ class SQLAlchemySession(DatabaseSession):
         """Run a single statement once more, and again while its table keeps changing."""
         connection = await self._acquire()
         try:
+            connection.start_clock(self._patience)
             answer = await operation(connection, statement, arguments)
         except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
             failure = self._give_back_after(connection, error, statement)
@@ -435,8 +447,10 @@ class SQLAlchemySession(DatabaseSession):
                 await asyncio.sleep(_REPLAY_PAUSE * (_REPLAYS - replays + 1))
                 return await self._replay(operation, statement, arguments, replays - 1)
             raise failure from driver_error(error)
-        except BaseException:
+        except BaseException as error:
             self._pool.mend(connection)
+            if connection.ran_out_of_time(error):
+                raise out_of_time() from None
             raise
         self._pool.release(connection)
         return answer
@@ -446,11 +460,15 @@ class SQLAlchemySession(DatabaseSession):
         while True:
             connection = self._pool.take() or await self._acquire()
             begun = False
+            self._pool.note_holder(connection)
             try:
+                connection.start_clock(self._patience)
                 async with aclosing(operation(connection, statement, arguments)) as batches:
                     async for batch in batches:
                         begun = True
+                        connection.until = math.inf  # the consumer's time is its own
                         yield batch
+                        connection.start_clock(self._patience)
             except GeneratorExit:
                 connection.intact = False  # the consumer left early; the operation has closed its cursor
                 self._pool.release(connection)
@@ -464,8 +482,10 @@ class SQLAlchemySession(DatabaseSession):
                 if failure is error:
                     raise
                 raise failure from driver_error(error)
-            except BaseException:
+            except BaseException as error:
                 self._pool.mend(connection)
+                if connection.ran_out_of_time(error):
+                    raise out_of_time() from None
                 raise
             self._pool.release(connection)
             return
@@ -545,40 +565,61 @@ class _SQLAlchemyTransaction(TransactionBackend):
         self._connection: PooledConnection
 
     async def begin(self) -> PooledConnection:
+        connection = await self._take()
         try:
-            return await self._begin()
+            return await self._begin_on(connection)
         except ConnectionLostError:
             # Nothing was sent but BEGIN, to a connection that had died while idle: another one serves as well.
-            return await self._begin()
+            return await self._begin_on(await self._take())
 
-    async def _begin(self) -> PooledConnection:
+    async def _take(self) -> PooledConnection:
         try:
-            connection = self._connection = self._pool.take() or await self._pool.acquire()
+            return self._pool.take() or await self._pool.acquire()
         except Exception as error:
             failure = _not_opened(error, self._dialect)
             if failure is error:
                 raise
             raise failure from driver_error(error)
+
+    async def _begin_on(self, connection: PooledConnection) -> PooledConnection:
+        self._connection = connection
+        self._pool.note_holder(connection)
         try:
+            self.start_clock()
             await self._dialect.begin(connection, self._isolation, self._read_only)
         except BaseException as error:
             self._pool.mend(connection)
+            if connection.ran_out_of_time(error):
+                raise out_of_time() from None
             if not isinstance(error, Exception):
                 raise
             failure = self._translate(error)
             if failure is error:
                 raise
             raise failure from driver_error(error)
+        self.stop_clock()
         return connection
+
+    def start_clock(self) -> None:
+        self._connection.start_clock(self._dialect.patience)
+
+    def stop_clock(self) -> None:
+        self._connection.until = math.inf
+
+    def ran_out_of_time(self, error: BaseException) -> StatementTimeoutError | None:
+        return out_of_time() if self._connection.ran_out_of_time(error) else None
 
     async def commit(self) -> None:
         if self._dialect.transactional_ddl and not self._dialect.in_transaction(self._connection):
             self._pool.mend(self._connection)
             raise RuntimeError("a COMMIT or ROLLBACK of its own ended the transaction before the unit of work did")
         try:
+            self.start_clock()
             await self._dialect.commit(self._connection)
         except BaseException as error:
             self._pool.mend(self._connection)
+            if self._connection.ran_out_of_time(error):
+                raise outcome_unknown() from None
             if not isinstance(error, Exception):
                 raise
             failure = translate_commit(error, self._dialect)
@@ -589,10 +630,11 @@ class _SQLAlchemyTransaction(TransactionBackend):
 
     async def rollback(self) -> None:
         try:
+            self._connection.start_clock(_ROLLBACK_TIMEOUT, heeds_deadline=False)
             await self._dialect.rollback(self._connection)
         except BaseException as error:
             self._pool.mend(self._connection)
-            if not isinstance(error, Exception):
+            if not (isinstance(error, Exception) or self._connection.ran_out_of_time(error)):
                 raise
             logger.debug("ROLLBACK failed; the connection is given up", exc_info=True)
         else:
@@ -645,7 +687,8 @@ def _checked(url: str | URL) -> URL:
     return parsed
 
 
-def _check_knobs(pool_size: int, max_overflow: int, connect_attempts: int, *seconds: float | None) -> None:
+def _check_knobs(numbers: tuple[int, int, int], seconds: tuple[float | None, ...]) -> None:
+    pool_size, max_overflow, connect_attempts = numbers
     if pool_size < 1 or max_overflow < 0 or connect_attempts < 1:
         raise ValueError("pool_size and connect_attempts are at least 1, and max_overflow is not negative")
     if not all(value is None or 0 < value < math.inf for value in seconds):

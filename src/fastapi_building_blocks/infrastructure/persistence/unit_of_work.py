@@ -9,7 +9,8 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from fastapi_building_blocks.domain.errors import TransientError, UnavailableError
+from fastapi_building_blocks.domain.errors import DeadlineExceededError, TransientError, UnavailableError
+from fastapi_building_blocks.infrastructure.database.deadlines import time_left
 from fastapi_building_blocks.infrastructure.database.session import (
     DatabaseSession,
     Iteration,
@@ -119,6 +120,11 @@ class UnitOfWork(Transaction):
             if error is None and failed:
                 raise self._doomed("nothing was kept")
         elif self._state is _State.READY:
+            try:
+                time_left()
+            except DeadlineExceededError:
+                await self._roll_back()
+                raise
             self._state = _State.ENDED
             await to_the_end(self._commit())
         else:
@@ -177,6 +183,7 @@ class UnitOfWork(Transaction):
             await self._begin()
         self._state = _State.BUSY
         try:
+            self._backend.start_clock()
             answer = await operation(self._connection, statement, arguments)
         except BaseException as error:
             failure = self._failed(error, statement)
@@ -197,11 +204,14 @@ class UnitOfWork(Transaction):
             await self._begin()
         self._state = _State.BUSY
         try:
+            self._backend.start_clock()
             async with aclosing(operation(self._connection, statement, arguments)) as items:
                 async for item in items:
+                    self._backend.stop_clock()  # the consumer's time is its own
                     yield item
                     if self._state is not _State.BUSY:
                         raise self._refusal()  # the unit has ended meanwhile: its connection is somebody else's
+                    self._backend.start_clock()
         except GeneratorExit:
             self._settle()  # the consumer left early; the operation has closed its cursor
             raise
@@ -215,6 +225,7 @@ class UnitOfWork(Transaction):
     def _settle(self) -> None:
         """End a call: the unit is ready for the next one, unless it ended or failed as a whole meanwhile."""
         if self._state is _State.BUSY:
+            self._backend.stop_clock()
             self._state = _State.FAILED if self._whole_unit_failed else _State.READY
 
     def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:
@@ -241,13 +252,16 @@ class UnitOfWork(Transaction):
         self._cause = error
         if self._state is not _State.BUSY:
             return error  # the unit has ended meanwhile
-        if not isinstance(error, Exception):
+        late = self._backend.ran_out_of_time(error)
+        if late is not None or not isinstance(error, Exception):
             # Interrupted in the middle of a call: what the connection would answer next is unknown.
             self._state = _State.FAILED
+            self._cause = late or error
             self._whole_unit_failed = True
             self._connection = None
             self._backend.abandon()
-            return error
+            return late or error
+        self._backend.stop_clock()
         failure = self._backend.translate(error, statement)
         self._cause = failure
         self._state = _State.FAILED
@@ -367,6 +381,7 @@ class _Savepoint:
         unit = self._unit
         unit._state = _State.BUSY
         try:
+            unit._backend.start_clock()
             await command(self._name)
         except BaseException as error:
             # Without its savepoint the unit cannot keep its word, whatever the reason was.
@@ -375,4 +390,5 @@ class _Savepoint:
             if failure is error:
                 raise
             raise failure from (failure.__cause__ or error)
+        unit._backend.stop_clock()
         unit._state = _State.READY

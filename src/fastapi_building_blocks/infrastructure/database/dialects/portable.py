@@ -4,6 +4,7 @@ A dialect answers four questions: how a statement runs on a connection, how a tr
 what its errors mean, and which SQL it needs where databases differ.
 """
 
+import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,8 @@ Row = Sequence[Any]
 Processor = Callable[[Any], Any]
 UpsertStyle = Literal["on conflict", "on duplicate key", "merge"]
 
+_HEAD_START = 0.2
+"""Seconds in which the database may end a statement by its own timeout, before the session does."""
 _ESCAPE = "\\"
 _LIKE_SPECIALS = str.maketrans({"\\": r"\\", "%": r"\%", "_": r"\_"})
 
@@ -85,6 +88,8 @@ class PortableDialect:
     """Whether ``execute_many`` counts the rows that RETURNING answers, since the driver does not count."""
     paging_needs_order = False
     """Whether OFFSET is needed wherever rows are limited, and ORDER BY with it."""
+    ends_statements = True
+    """Whether the database itself ends a statement that takes longer than its timeout."""
     largest_statement = 2000
     """How many parameters one statement may have."""
     isolation_levels: ClassVar[frozenset[str]] = frozenset(
@@ -94,6 +99,9 @@ class PortableDialect:
 
     def __init__(self, timeouts: Timeouts) -> None:
         self.timeouts = timeouts
+        limit = math.inf if timeouts.statement is None else timeouts.statement
+        self.patience = limit + (_HEAD_START if self.ends_statements else 0.0)
+        """Seconds until the session ends a call itself."""
 
     # Connecting
 
@@ -114,7 +122,7 @@ class PortableDialect:
     # Statements
 
     async def spawn(self, connection: PooledConnection, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call what runs a statement on SQLAlchemy's side of the connection, and bound its time if the server cannot."""
+        """Call what runs a statement on SQLAlchemy's side of the connection."""
         return await greenlet_spawn(function, *arguments)
 
     async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
@@ -219,6 +227,10 @@ class PortableDialect:
 
     async def recover(self, connection: PooledConnection) -> bool:
         """Make a connection whose call was interrupted sound again, or answer False: it is closed."""
+        return False
+
+    def interrupt(self, connection: PooledConnection) -> bool:
+        """Ask what runs on a connection to end with an error of its own; answer whether that is possible."""
         return False
 
     def is_abandoned(self, connection: PooledConnection) -> bool:

@@ -3,8 +3,7 @@
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -84,6 +83,7 @@ class SQLiteDialect(PortableDialect):
     nulls_clause = True
     row_values = True
     transactional_ddl = True
+    ends_statements = False
     largest_statement = 32_766
     default_isolation = "SERIALIZABLE"
     refusals = _REFUSALS
@@ -113,22 +113,9 @@ class SQLiteDialect(PortableDialect):
         else:
             await self.command(connection, "BEGIN IMMEDIATE")
 
-    async def spawn(self, connection: PooledConnection, function: Callable[..., Any], *arguments: Any) -> Any:
-        with self._alarm(connection):
-            return await super().spawn(connection, function, *arguments)
-
-    @contextmanager
-    def _alarm(self, connection: PooledConnection) -> Iterator[None]:
-        """Interrupt what the connection's thread does once the statement timeout is over."""
-        limit = self.timeouts.statement
-        if limit is None:
-            yield
-            return
-        alarm = asyncio.get_running_loop().call_later(limit, connection.driver._conn.interrupt)
-        try:
-            yield
-        finally:
-            alarm.cancel()
+    def interrupt(self, connection: PooledConnection) -> bool:
+        connection.driver._conn.interrupt()
+        return True
 
     async def commit(self, connection: PooledConnection) -> None:
         await self.command(connection, "COMMIT")
@@ -228,14 +215,7 @@ class AiosqliteDialect(SQLiteDialect):
 
     async def _call(self, connection: PooledConnection, function: Callable[..., Any], *arguments: Any) -> Any:
         driver = connection.driver
-        limit = self.timeouts.statement
-        if limit is None:
-            return await driver._execute(function, driver._conn, *arguments)
-        alarm = asyncio.get_running_loop().call_later(limit, driver._conn.interrupt)
-        try:
-            return await driver._execute(function, driver._conn, *arguments)
-        finally:
-            alarm.cancel()
+        return await driver._execute(function, driver._conn, *arguments)
 
     async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
         return await self._call(connection, _fetch, statement.sql, arguments)  # type: ignore[no-any-return]

@@ -6,7 +6,6 @@ One class implements one contract, method by method as the SQL repository does: 
 import asyncio
 import copy
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from functools import cached_property
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -36,6 +35,7 @@ from fastapi_building_blocks.infrastructure.database.in_memory_session import (
     Row,
 )
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession
+from fastapi_building_blocks.infrastructure.database.streams import StreamReader
 from fastapi_building_blocks.infrastructure.persistence.repositories.column_rules import check_not_null, check_value
 from fastapi_building_blocks.infrastructure.persistence.repositories.declared_repository import (
     DeclaredRepository,
@@ -247,7 +247,7 @@ class BaseRepository(DeclaredRepository[T]):
         return self._streamed(batches)
 
     async def _streamed(self, batches: Any) -> AsyncGenerator[T, None]:
-        async with aclosing(self._session.iterate(batches, None, None)) as opened:
+        async with StreamReader(self._session.iterate(batches, None, None)) as opened:
             async for batch in opened:
                 for row in batch:
                     yield self._load(row)

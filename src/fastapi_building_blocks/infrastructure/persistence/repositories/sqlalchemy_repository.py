@@ -24,6 +24,7 @@ from fastapi_building_blocks.domain.query import Criterion, CursorPage, CursorRe
 from fastapi_building_blocks.domain.repository import Lock, SortKeys
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession, Transaction
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
+from fastapi_building_blocks.infrastructure.database.streams import StreamReader
 from fastapi_building_blocks.infrastructure.persistence.repositories.declared_repository import DeclaredRepository
 from fastapi_building_blocks.infrastructure.persistence.repositories.row_mapping import MISSING
 from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_statements import (
@@ -159,7 +160,7 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         if request.count == "estimated" and not query.shape and not expressions and not self.soft_delete_column:
             estimate = self._sql.dialect.estimate(self._sql.table)
             if estimate is not None:
-                known = (await self._session.perform(self._execute_on, estimate, None)).scalar()
+                known = (await self._session.perform(self._read_core, CoreRead(estimate, None), None)).scalar()
                 if known is not None and known >= 0:
                     return int(known)
         if request.count == "capped":
@@ -196,8 +197,8 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         batches: AsyncGenerator[Any, None]
         if expressions:
             load: Callable[..., list[T]] = self._sql.load_values
-            core = self._sql.select_core(query, Literals(values), expressions)
-            batches = self._session.iterate(self._session.root.stream_on, core, None)
+            core = CoreRead(self._sql.select_core(query, Literals(values), expressions), None)
+            batches = self._session.iterate(self._stream_core, core, None)
         else:
             load = self._sql.load
             statement = self._sql.select(query)
@@ -207,8 +208,8 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
     async def _stream(
         self, batches: AsyncGenerator[Any, None], load: Callable[..., list[T]]
     ) -> AsyncGenerator[T, None]:
-        async with aclosing(batches):
-            async for rows in batches:
+        async with StreamReader(batches) as reader:
+            async for rows in reader:
                 for entity in self._entities(load(rows)):
                     yield entity
 
@@ -580,6 +581,13 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
     async def _read_core(self, connection: Any, statement: CoreRead, parameters: Any) -> Any:
         return await self._execute_on(connection, statement.core, parameters)
+
+    async def _stream_core(
+        self, connection: Any, statement: CoreRead, parameters: Any
+    ) -> AsyncGenerator[Sequence[Any], None]:
+        async with aclosing(self._session.root.stream_on(connection, statement.core, parameters)) as batches:
+            async for rows in batches:
+                yield rows
 
     async def _read(self, session: DatabaseSession, key: tuple[Any, ...]) -> T | None:
         statement = self._sql.by_key(None, True)

@@ -1,4 +1,6 @@
-from collections.abc import AsyncIterator
+"""T1: what was answered is committed, and what did not commit is not answered as if it had."""
+
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated
 
 import httpx2
@@ -13,6 +15,7 @@ from fastapi_building_blocks.infrastructure.database.session import DatabaseSess
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.persistence.unit_of_work import UnitOfWork
 from tests.api.serving import serving
+from tests.faults.databases import name_of
 
 orders = sa.table("t1_orders", sa.column("id"), sa.column("item_id"))
 
@@ -62,21 +65,29 @@ def application(session: DatabaseSession) -> FastAPI:
     return app
 
 
-async def test_t1_a_constraint_that_fails_at_commit_is_a_problem_and_keeps_no_row(session: SQLAlchemySession) -> None:
+async def test_t1_a_constraint_that_fails_at_commit_is_a_problem_and_keeps_no_row(
+    session: SQLAlchemySession, database_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
+) -> None:
+    tries = effort(3, 200)
     async with serving(application(session)) as url, httpx2.AsyncClient(base_url=url) as client:
-        response = await client.post("/orders/1?item=404")
-        assert response.status_code == 409
-        assert response.headers["content-type"] == "application/problem+json"
-        assert response.json()["code"] == "foreign_key"
-        assert (await client.get("/orders/1")).status_code == 404
-        assert (await session.execute(sa.select(sa.func.count()).select_from(orders))).scalar() == 0
+        for number in range(tries):
+            response = await client.post(f"/orders/{number}?item=404")
+            assert response.status_code == 409
+            assert response.headers["content-type"] == "application/problem+json"
+            assert response.json()["code"] == "foreign_key"
+            assert (await client.get(f"/orders/{number}")).status_code == 404
+    rows = (await session.execute(sa.select(sa.func.count()).select_from(orders))).scalar()
+    shown("T1", f"a foreign key that fails at COMMIT: {name_of(database_url)}", tries=tries, rows_kept=rows)
+    assert rows == 0
 
 
-@pytest.mark.slow
-async def test_t1_what_was_answered_201_is_there_for_the_next_request_2000_times(session: SQLAlchemySession) -> None:
-    misses = 0
+async def test_t1_what_was_answered_201_is_there_for_the_next_request(
+    session: SQLAlchemySession, database_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
+) -> None:
+    pairs, misses = effort(40, 2000), 0
     async with serving(application(session)) as url, httpx2.AsyncClient(base_url=url) as client:
-        for number in range(2000):
+        for number in range(pairs):
             assert (await client.post(f"/orders/{number}")).status_code == 201
             misses += (await client.get(f"/orders/{number}")).status_code != 204
+    shown("T1", f"POST, then GET on one connection: {name_of(database_url)}", pairs=pairs, misses=misses)
     assert misses == 0

@@ -1,0 +1,99 @@
+"""A stream's connection goes back when its reader ends, closed or not, and a stream is never cut short in silence."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from fastapi_building_blocks.infrastructure import BaseRepository, InMemorySession
+from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
+from tests.server_view import until
+
+ROWS = list(range(30))
+
+
+class AccountsInMemory(BaseRepository[Account]):
+    table = accounts
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres", "mysql"])
+async def store(request: pytest.FixtureRequest, sqlite_url: str, backends: Any) -> AsyncIterator[tuple[Any, Any]]:
+    """A session with thirty accounts, and the repository for it."""
+    if request.param == "memory":
+        async with InMemorySession() as memory:
+            await AccountsInMemory(memory).add_many([account(number) for number in ROWS])
+            yield memory, AccountsInMemory
+        return
+    with backends.database_by_driver(request.param, sqlite_url) as url:
+        async with opened(url, pool_size=1, max_overflow=0) as session:
+            await Accounts(session).add_many([account(number) for number in ROWS])
+            yield session, Accounts
+
+
+async def first_of(stream: Any, then: Callable[[], Any]) -> None:
+    """Read the first row, and do something else with the stream left open."""
+    await anext(stream)
+    await then()
+
+
+async def cancelled(call: Any) -> None:
+    task = asyncio.create_task(call)
+    await asyncio.sleep(0.2)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_t7_the_stream_of_a_cancelled_task_gives_its_connection_back_while_it_is_referenced(
+    store: tuple[Any, Any],
+) -> None:
+    session, repository = store
+    stream = repository(session).stream(sort="id", batch_size=10)
+    await cancelled(first_of(stream, asyncio.Event().wait))
+    await until(lambda: session.pool_status().checked_out == 0)
+    assert await repository(session).count() == len(ROWS)
+    with pytest.raises(RuntimeError, match="the task that read it was cancelled"):
+        [one async for one in stream]
+
+
+async def test_t7_so_does_a_stream_of_rows(database_url: str) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0) as session:
+        await Accounts(session).add_many([account(number) for number in ROWS])
+        stream = session.stream(sa.select(accounts))
+        await cancelled(first_of(stream, asyncio.Event().wait))
+        await until(lambda: session.pool_status().checked_out == 0)
+        assert await Accounts(session).count() == len(ROWS)
+        await stream.aclose()
+
+
+async def test_a_stream_may_go_from_task_to_task(store: tuple[Any, Any]) -> None:
+    session, repository = store
+    stream = repository(session).stream(sort="id", batch_size=3)
+    seen = []
+    for _ in ROWS:
+        one = await asyncio.create_task(anext(stream))
+        seen.append(one.id)
+    assert seen == ROWS
+    assert await anext(stream, None) is None
+
+
+async def test_whoever_reads_on_is_not_harmed_by_the_end_of_the_first_reader(store: tuple[Any, Any]) -> None:
+    session, repository = store
+    stream = repository(session).stream(sort="id", batch_size=3)
+    handed_over = asyncio.Event()
+
+    async def begin() -> None:
+        await anext(stream)
+        handed_over.set()
+        await asyncio.Event().wait()
+
+    beginner = asyncio.create_task(begin())
+    await handed_over.wait()
+    seen = [(await anext(stream)).id for _ in range(5)]
+    beginner.cancel()
+    await asyncio.wait([beginner])
+    await asyncio.sleep(0.05)
+    assert [0, *seen] + [one.id async for one in stream] == ROWS
+    await until(lambda: session.pool_status().checked_out == 0)
