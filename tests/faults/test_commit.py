@@ -117,10 +117,9 @@ async def test_t2_a_connection_that_breaks_before_the_commit_arrives_leaves_noth
 # T6
 
 
-@portable_too
 @on_every_server
 async def test_t6_a_commit_without_an_answer_is_unknown_whole_or_absent_and_not_replayed(
-    database_url: str, portable: bool, effort: Callable[[int, int], int], shown: Callable[..., None]
+    database_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
 ) -> None:
     """Eight tasks at once; of every second COMMIT the answer is lost, or the message on its way."""
     chance, tries = random.Random(6), effort(16, 400)
@@ -130,7 +129,7 @@ async def test_t6_a_commit_without_an_answer_is_unknown_whole_or_absent_and_not_
     attempts = 0
     async with (
         FaultProxy(*address_of(database_url)) as proxy,
-        opened(proxy.url(database_url), pool_size=4, max_overflow=4, portable=portable) as session,
+        opened(proxy.url(database_url), pool_size=4, max_overflow=4) as session,
     ):
 
         async def write(number: int) -> None:
@@ -161,10 +160,9 @@ async def test_t6_a_commit_without_an_answer_is_unknown_whole_or_absent_and_not_
         stored = {one.id for one in await Accounts(session).get_all()}
     there = {number for number in range(tries) if number * 2 in stored}
     torn = {number for number in range(tries) if (number * 2 in stored) != (number * 2 + 1 in stored)}
-    path = ", portable" if portable else ""
     shown(
         "T6",
-        f"COMMIT or its answer lost on the way: {name_of(database_url)}{path}",
+        f"COMMIT or its answer lost on the way: {name_of(database_url)}",
         tries=tries,
         said_unknown=len(unknown),
         of_those_kept=len(unknown & there),

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from fastapi_building_blocks.domain.errors import UnavailableError
+from fastapi_building_blocks.domain.errors import UnavailableError, UnsupportedOperationError
 
 from .dialects import Timeouts, dialect_for
 from .plain_types import adapt_dialect
@@ -53,11 +53,13 @@ async def upgrade(database: str | sa.URL | SQLAlchemySession, directory: str | P
 
     Args:
         database: its URL, or a session of it: connected, where the database is in memory and so the session's alone.
+            PostgreSQL's own, where sessions go through PgBouncer: the lock belongs to a connection.
         directory: where ``alembic.ini`` lies.
         revision: its id, or ``"head"`` for the newest.
 
     Raises:
         UnavailableError: the database cannot be reached, or another process has been migrating it for ten minutes.
+        UnsupportedOperationError: the session goes through PgBouncer.
     """
     await _run_command(command.upgrade, database, directory, revision)
 
@@ -72,6 +74,7 @@ async def downgrade(database: str | sa.URL | SQLAlchemySession, directory: str |
 
     Raises:
         UnavailableError: the database cannot be reached, or another process has been migrating it for ten minutes.
+        UnsupportedOperationError: the session goes through PgBouncer.
     """
     await _run_command(command.downgrade, database, directory, revision)
 
@@ -130,6 +133,11 @@ async def _run_command(
         config.attributes[_CONNECTION] = connection
         alembic_command(config, revision)
 
+    if isinstance(database, SQLAlchemySession) and not database.dialect.keeps_sessions:
+        raise UnsupportedOperationError(
+            "migrations need a connection of their own, for the lock that keeps others out: give the URL of PostgreSQL "
+            "itself, not a session behind PgBouncer"
+        )
     url = database.engine.url if isinstance(database, SQLAlchemySession) else sa.make_url(database)
     if isinstance(database, SQLAlchemySession) and database.dialect.in_memory:
         async with database.engine.connect() as connection:

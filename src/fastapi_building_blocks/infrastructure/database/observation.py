@@ -153,7 +153,13 @@ class Observation:
         since = getattr(failure.execution_context, "observed_since", None)
         if since is not None:
             seconds = time.perf_counter() - since
-            self._tell(failure.statement, "core", 0, seconds, self._failure(failure.connection.connection, failure.original_exception))
+            self._tell(
+                failure.statement,
+                "core",
+                0,
+                seconds,
+                self._failure(failure.connection.connection, failure.original_exception),
+            )
 
 
 def _rows_in(operation: Any, answer: Any) -> int:

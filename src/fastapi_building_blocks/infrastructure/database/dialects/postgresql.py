@@ -68,6 +68,7 @@ _REFUSALS = {
     "53300": "the server has too many connections",
     "57P03": "the server is starting up or shutting down",
 }
+_NEEDS_PGBOUNCER = "PgBouncer takes no such start-up parameter: set pgbouncer=True, or DATABASE_PGBOUNCER=true"
 _BATCH = 5_000
 """Rows of a bulk INSERT that are in memory at once, where COPY cannot take them."""
 
@@ -139,10 +140,15 @@ class PostgreSQLDialect(PortableDialect):
     def error_code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlstate", None)
 
+    def refusal(self, error: BaseException) -> str | None:
+        return _NEEDS_PGBOUNCER if _is_pgbouncers(error) else super().refusal(error)
+
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         code = getattr(error, "sqlstate", None)
         if not code:
             return Failure(ConnectionLostError) if isinstance(error, OSError) or _is_closed(error) else None
+        if _is_pgbouncers(error):
+            return None  # it will refuse the next attempt as well
         if self.plan_is_stale(error):
             return Failure(SerializationError)
         kind = _BY_CODE.get(code) or _BY_CLASS.get(code[:2])
@@ -181,6 +187,11 @@ def _is_closed(error: BaseException) -> bool:
     """
     name = type(error).__name__
     return name == "InternalClientError" or (name == "InterfaceError" and "closed" in str(error))
+
+
+def _is_pgbouncers(error: BaseException) -> bool:
+    """Whether PgBouncer refused what only PostgreSQL itself sets at the start; it has one code for all refusals."""
+    return getattr(error, "sqlstate", None) == "08P01" and "startup parameter" in str(error)
 
 
 def _columns_in(detail: str | None) -> tuple[str, ...]:
