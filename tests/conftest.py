@@ -118,7 +118,9 @@ def portable_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if request.config.getoption("--portable"):
         chosen = sqlalchemy_session.dialect_for
         monkeypatch.setattr(
-            sqlalchemy_session, "dialect_for", lambda url, timeouts, **_: chosen(url, timeouts, portable=True)
+            sqlalchemy_session,
+            "dialect_for",
+            lambda url, timeouts, **how: chosen(url, timeouts, **how | {"portable": True}),
         )
 
 

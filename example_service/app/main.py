@@ -2,6 +2,7 @@
 
 import asyncio
 import logging.config
+import signal
 import sys
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from example_service.app.core.config import get_settings
 from example_service.app.core.database import get_db
 from fastapi_building_blocks.api import (
     BodyLimitMiddleware,
+    DeadlineMiddleware,
+    DrainMiddleware,
     RequestIdMiddleware,
     database_lifespan,
     health_router,
     install_problem_details,
 )
-from fastapi_building_blocks.domain import BuildingBlocksError
+from fastapi_building_blocks.domain import BuildingBlocksError, UnavailableError
 from fastapi_building_blocks.infrastructure import DatabaseSession, DatabaseSettings, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.migrations import upgrade
 
@@ -60,7 +63,7 @@ def create_app(session: DatabaseSession | None = None) -> FastAPI:
     Args:
         session: what it runs on instead of the settings' database, for tests.
     """
-    database = session or get_db()
+    database, settings = session or get_db(), get_settings()
     app = FastAPI(
         title="User management",
         description="Users, on whatever database DATABASE_URL names.",
@@ -71,6 +74,8 @@ def create_app(session: DatabaseSession | None = None) -> FastAPI:
         app.dependency_overrides[get_db] = lambda: session
     install_problem_details(app)
     app.add_middleware(BodyLimitMiddleware)
+    app.add_middleware(DeadlineMiddleware, seconds=settings.request_deadline)
+    app.add_middleware(DrainMiddleware, seconds=settings.drain_seconds)
     app.add_middleware(RequestIdMiddleware)
     app.include_router(health_router(database))
     app.include_router(users.router)
@@ -78,17 +83,39 @@ def create_app(session: DatabaseSession | None = None) -> FastAPI:
 
 
 async def serve(app: FastAPI, session: SQLAlchemySession) -> None:
-    """Wait for the database, migrate it, and serve until a signal."""
+    """Serve until a signal; the database is migrated as soon as it is there, and the service is ready after that."""
     settings = get_settings()
-    async with session:
+    config = uvicorn.Config(
+        app, settings.host, settings.port, log_config=None, timeout_graceful_shutdown=settings.shutdown_timeout
+    )
+    server = uvicorn.Server(config)
+    failures: list[Exception] = []
+
+    async def migrate() -> None:
         logger.info("migrating %r", session)
-        await upgrade(session, MIGRATIONS)
-        await uvicorn.Server(uvicorn.Config(app, settings.host, settings.port, log_config=None)).serve()
+        try:
+            await upgrade(session, MIGRATIONS)
+        except UnavailableError:
+            raise  # it is tried again
+        except Exception as error:
+            failures.append(error)
+            server.should_exit = True
+            raise
+
+    try:
+        await session.start(migrate)
+        await server.serve()
+    finally:
+        await session.disconnect()
+    if failures:
+        raise failures[0]
 
 
 def main() -> int:
     """Run the service as a command, and return its exit code."""
     logging.config.dictConfig(LOGGING)
+    # uvicorn raises the signal once more when it has ended in good order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         session = get_db()
         asyncio.run(serve(create_app(), session))

@@ -1,17 +1,26 @@
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Response
 from fastapi.exceptions import DependencyScopeError
 from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
-from fastapi_building_blocks.api import database, database_lifespan, install_problem_details, unit_of_work
+from fastapi_building_blocks.api import (
+    database,
+    database_lifespan,
+    health_router,
+    install_problem_details,
+    unit_of_work,
+)
 from fastapi_building_blocks.domain import ForeignKeyError
+from fastapi_building_blocks.infrastructure import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.in_memory_session import InMemorySession, InMemoryTransaction
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession
 from fastapi_building_blocks.infrastructure.persistence.repositories.base import BaseRepository
@@ -208,6 +217,42 @@ async def test_the_lifespan_disconnects_when_the_application_fails() -> None:
         await fail_while_serving()
     with pytest.raises(RuntimeError):
         await session.ping()
+
+
+def test_the_lifespan_prepares_the_session_before_requests() -> None:
+    session = InMemorySession()
+    app = application(session)
+
+    async def add_order() -> None:
+        await Orders(session).add(Order(1, "cake"))
+
+    app.router.lifespan_context = database_lifespan(session, add_order)
+    with TestClient(app) as client:
+        assert client.get("/orders/1").json()["item"] == "cake"
+
+
+async def test_p5_without_its_database_an_application_starts_and_answers_503() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        session = SQLAlchemySession(f"postgresql+asyncpg://u:p@127.0.0.1:{nobody.getsockname()[1]}/name")
+        app = application(session)
+        app.include_router(health_router(session))
+
+        @app.get("/unit")
+        async def use(unit: Annotated[UnitOfWork, Depends(unit_of_work(session), scope="function")]) -> None:
+            """Never get here."""
+
+        @app.get("/read")
+        async def read(reads: Annotated[DatabaseSession, Depends(database(session))]) -> None:
+            await reads.execute(sa.text("SELECT 1"))
+
+        async with serving(app) as url, httpx2.AsyncClient(base_url=url) as client:
+            assert (await client.get("/health/live")).status_code == 200
+            for path in ("/unit", "/read", "/health/ready"):
+                response = await client.get(path)
+                assert response.status_code == 503
+                assert response.json()["code"] == "unavailable"
+                assert response.headers["retry-after"] == "1"
 
 
 def test_an_endpoint_that_answers_a_response_itself_commits() -> None:

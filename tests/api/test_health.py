@@ -1,13 +1,16 @@
 import asyncio
+import logging
 import time
 
+import httpx2
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from fastapi_building_blocks.api import database_lifespan, health_router, install_problem_details
+from fastapi_building_blocks.api import database_lifespan, health, health_router, install_problem_details
 from fastapi_building_blocks.domain import ConnectionLostError
 from fastapi_building_blocks.infrastructure.database.in_memory_session import InMemorySession
+from tests.api.serving import serving
 
 
 class LostSession(InMemorySession):
@@ -83,3 +86,53 @@ def test_health_is_documented() -> None:
     responses = paths["/health/ready"]["get"]["responses"]
     assert list(responses["503"]["content"]) == ["application/problem+json"]
     assert list(responses["200"]["content"]) == ["application/json"]
+
+
+class FreezableSession(InMemorySession):
+    """Counts its pings, and answers them while it is not frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thawed = asyncio.Event()
+        self.pings = 0
+
+    async def ping(self) -> None:
+        self.pings += 1
+        await self.thawed.wait()
+
+
+async def test_probes_of_a_frozen_database_share_a_ping_and_the_log_has_a_line_for_each_turn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    session = FreezableSession()
+    app = FastAPI()
+    app.include_router(health_router(session, deadline=0.1))
+    async with serving(app) as url, httpx2.AsyncClient(base_url=url) as client:
+
+        async def probe(path: str = "/health/ready") -> int:
+            return int((await client.get(path)).status_code)
+
+        def turns() -> list[str]:
+            return [record.getMessage() for record in caplog.records if record.name == health.__name__]
+
+        for _ in range(2):
+            assert await asyncio.gather(*[probe() for _ in range(20)], probe("/health/live")) == [*[503] * 20, 200]
+        assert session.pings == 1
+        assert turns() == ["not ready: the database did not answer in time"]
+        session.thawed.set()
+        assert await asyncio.gather(*[probe() for _ in range(20)]) == [200] * 20
+        assert await probe() == 200
+        assert turns()[1:] == ["ready again"]
+        assert 2 <= session.pings <= 21
+
+
+async def test_a_ping_that_was_lost_on_the_way_is_sent_again() -> None:
+    session = FreezableSession()
+    app = FastAPI()
+    app.include_router(health_router(session, deadline=0.02))
+    async with serving(app) as url, httpx2.AsyncClient(base_url=url) as client:
+        async with asyncio.timeout(5):
+            while session.pings < 3:
+                assert (await client.get("/health/ready")).status_code == 503
+        session.thawed.set()

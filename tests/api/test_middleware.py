@@ -4,17 +4,19 @@ from collections.abc import AsyncIterator
 
 import httpx2
 import pytest
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import BackgroundTasks, FastAPI, Request, WebSocket
 from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
 from fastapi_building_blocks.api import (
     BodyLimitMiddleware,
+    DeadlineMiddleware,
     RequestIdFilter,
     RequestIdMiddleware,
     install_problem_details,
     request_id,
 )
+from fastapi_building_blocks.infrastructure import time_left
 from tests.api.serving import serving
 
 
@@ -185,3 +187,68 @@ async def test_a_streamed_answer_is_finished_though_the_body_was_too_long(limite
     async with serving(limited) as url, httpx2.AsyncClient(base_url=url) as client:
         response = await client.post("/answers", content=in_chunks(5000))
         assert (response.status_code, len(response.content)) == (200, 2000)
+
+
+# Deadlines
+
+
+def timed_app(seconds: float) -> FastAPI:
+    app = FastAPI()
+    install_problem_details(app)
+    app.add_middleware(DeadlineMiddleware, seconds=seconds)
+
+    @app.get("/left")
+    async def left() -> float | None:
+        return time_left()
+
+    @app.get("/slow")
+    async def slow() -> None:
+        await asyncio.sleep(seconds)
+        time_left()
+
+    @app.get("/stream")
+    async def stream() -> StreamingResponse:
+        async def chunks() -> AsyncIterator[str]:
+            yield str(time_left())
+
+        return StreamingResponse(chunks())
+
+    @app.get("/background")
+    async def background(tasks: BackgroundTasks) -> None:
+        tasks.add_task(lambda: setattr(app.state, "left", time_left()))
+
+    @app.websocket("/socket")
+    async def socket(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_json(time_left())
+        await websocket.close()
+
+    return app
+
+
+def test_a_request_has_one_deadline_and_so_have_its_stream_and_its_background_tasks() -> None:
+    app = timed_app(5.0)
+    client = TestClient(app)
+    for _ in range(2):
+        assert 4.0 < client.get("/left").json() < 5.0
+    assert 4.0 < float(client.get("/stream").text) < 5.0
+    client.get("/background")
+    assert 4.0 < app.state.left < 5.0
+    assert time_left() is None
+
+
+def test_a_request_whose_time_is_over_is_a_504_problem() -> None:
+    response = TestClient(timed_app(0.02)).get("/slow")
+    assert response.status_code == 504
+    assert response.json()["code"] == "deadline_exceeded"
+
+
+def test_a_websocket_has_no_deadline() -> None:
+    with TestClient(timed_app(5.0)).websocket_connect("/socket") as socket:
+        assert socket.receive_json() is None
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_a_deadline_that_makes_no_sense_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        DeadlineMiddleware(FastAPI(), seconds=seconds)

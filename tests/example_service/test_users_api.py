@@ -1,6 +1,5 @@
 """The users resource over HTTP, the same on every database."""
 
-import asyncio
 import json
 import uuid
 from typing import Any
@@ -9,8 +8,6 @@ from urllib.parse import quote
 import bcrypt
 import httpx2
 import pytest
-
-from example_service.app.infrastructure.repositories.user_repository import UserRepository
 
 USERS = "/api/v1/users/"
 ALICE = {"first_name": "Alice", "last_name": "Test", "email": "alice@test.com", "username": "alice"}
@@ -425,16 +422,6 @@ async def test_a_change_is_for_any_of_the_versions_that_if_match_lists(
     assert (await client.delete(path_of(alice), headers={"If-Match": '"1", "3"'})).status_code == 204
 
 
-async def test_w3_of_many_writers_from_one_version_one_wins(client: httpx2.AsyncClient, alice: dict[str, Any]):
-    answers = await asyncio.gather(
-        *(client.patch(path_of(alice), json={"bio": str(number)}, headers={"If-Match": '"1"'}) for number in range(20))
-    )
-    statuses = [answer.status_code for answer in answers]
-    assert sorted(statuses) == [200] + [412] * 19
-    (winner,) = (answer.json() for answer in answers if answer.status_code == 200)
-    assert (await client.get(path_of(alice))).json() == winner
-
-
 async def test_a_condition_on_nobody_is_a_404(client: httpx2.AsyncClient):
     for headers in ({}, {"If-Match": '"1"'}, {"If-Match": "*"}):
         assert (await client.patch(UNKNOWN, json={"bio": "x"}, headers=headers)).status_code == 404
@@ -452,21 +439,6 @@ async def test_w7_a_user_is_deleted_once(client: httpx2.AsyncClient, alice: dict
     assert (await client.delete(path_of(alice), headers=headers)).status_code == 404
     assert (await client.get(path_of(alice))).status_code == 404
     assert (await client.get(USERS)).json()["total"] == 0
-
-
-# Under contention
-
-
-async def test_w2_of_fifty_racing_creates_one_wins(client: httpx2.AsyncClient, users: UserRepository):
-    answers = await asyncio.gather(
-        *(client.post(USERS, json={**ALICE, "username": f"alice{number}"}) for number in range(50))
-    )
-    assert sorted(answer.status_code for answer in answers) == [201] + [409] * 49
-    for answer in answers:
-        if answer.status_code == 409:
-            assert answer.json()["code"] == "duplicate_key"
-            assert fields_of(answer) == ["email"]
-    assert await users.count() == 1
 
 
 # Credentials

@@ -1,6 +1,7 @@
 """T2 and T6: a COMMIT that fails leaves nothing to the next borrower, and one without an answer is said to be unknown."""
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Annotated
@@ -12,7 +13,7 @@ from fastapi import Depends, FastAPI
 
 from fastapi_building_blocks.api import install_problem_details, unit_of_work
 from fastapi_building_blocks.domain import CommitOutcomeUnknownError, ForeignKeyError
-from fastapi_building_blocks.infrastructure import SQLAlchemySession, UnitOfWork
+from fastapi_building_blocks.infrastructure import SQLAlchemyRepository, SQLAlchemySession, UnitOfWork
 from fastapi_building_blocks.infrastructure.database.dialects.postgresql import PostgreSQLDialect
 from fastapi_building_blocks.testing import FaultProxy, assert_connections_sound
 from tests.api.serving import serving
@@ -30,6 +31,16 @@ children = sa.Table(
     sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False),
     sa.Column("parent_id", sa.ForeignKey("t2_parents.id", deferrable=True, initially="DEFERRED")),
 )
+
+
+@dataclasses.dataclass
+class Child:
+    id: int
+    parent_id: int | None = None
+
+
+class Children(SQLAlchemyRepository[Child]):
+    table = children
 
 
 # T2
@@ -55,11 +66,14 @@ async def test_t2_whoever_borrows_the_connection_of_a_failed_commit_finds_nothin
             with pytest.raises(ForeignKeyError):
                 async with session.transaction() as unit:
                     unit.on_commit(hook)
-                    await unit.execute(children.insert().values(id=number, parent_id=-1))
+                    if number % 2:  # what a statement of Core may have left behind is looked for, what ours may not
+                        await unit.execute(children.insert().values(id=number, parent_id=-1))
+                    else:
+                        await Children(unit).add(Child(number, parent_id=-1))
 
         async def borrow(number: int) -> None:
             nonlocal seen
-            if number % 2:
+            if number % 4 < 2:
                 seen += len((await session.execute(sa.select(children))).all())
             else:
                 async with session.transaction() as unit:
@@ -82,7 +96,9 @@ async def test_t2_whoever_borrows_the_connection_of_a_failed_commit_finds_nothin
         hooks_run=hooks,
     )
     assert (seen, kept, hooks) == (0, 0, 0)
-    assert borrowed == len(range(0, tries, 2)), "the next borrower commits what is its own, and that alone"
+    assert borrowed == sum(number % 4 >= 2 for number in range(tries)), (
+        "the next borrower commits what is its own, and that alone"
+    )
 
 
 @on_every_server
@@ -117,10 +133,9 @@ async def test_t2_a_connection_that_breaks_before_the_commit_arrives_leaves_noth
 # T6
 
 
-@portable_too
 @on_every_server
 async def test_t6_a_commit_without_an_answer_is_unknown_whole_or_absent_and_not_replayed(
-    database_url: str, portable: bool, effort: Callable[[int, int], int], shown: Callable[..., None]
+    database_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
 ) -> None:
     """Eight tasks at once; of every second COMMIT the answer is lost, or the message on its way."""
     chance, tries = random.Random(6), effort(16, 400)
@@ -130,7 +145,7 @@ async def test_t6_a_commit_without_an_answer_is_unknown_whole_or_absent_and_not_
     attempts = 0
     async with (
         FaultProxy(*address_of(database_url)) as proxy,
-        opened(proxy.url(database_url), pool_size=4, max_overflow=4, portable=portable) as session,
+        opened(proxy.url(database_url), pool_size=4, max_overflow=4) as session,
     ):
 
         async def write(number: int) -> None:
@@ -161,10 +176,9 @@ async def test_t6_a_commit_without_an_answer_is_unknown_whole_or_absent_and_not_
         stored = {one.id for one in await Accounts(session).get_all()}
     there = {number for number in range(tries) if number * 2 in stored}
     torn = {number for number in range(tries) if (number * 2 in stored) != (number * 2 + 1 in stored)}
-    path = ", portable" if portable else ""
     shown(
         "T6",
-        f"COMMIT or its answer lost on the way: {name_of(database_url)}{path}",
+        f"COMMIT or its answer lost on the way: {name_of(database_url)}",
         tries=tries,
         said_unknown=len(unknown),
         of_those_kept=len(unknown & there),

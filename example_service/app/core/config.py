@@ -12,12 +12,18 @@ _ENV_FILES = (Path(__file__).parents[2] / "defaults.env", ".env")
 
 
 class ServiceSettings(BaseSettings):
-    """Where the service listens."""
+    """Where the service listens, and how long things may take, in seconds."""
 
     model_config = SettingsConfigDict(env_file=_ENV_FILES, extra="ignore")
 
     host: str
     port: int = Field(ge=0, le=65535)
+    request_deadline: float = Field(gt=0, allow_inf_nan=False)
+    """What a request has for all its database calls."""
+    drain_seconds: float = Field(ge=0, allow_inf_nan=False)
+    """How long it serves on after SIGTERM, not ready any more, so that load balancers take it out."""
+    shutdown_timeout: int = Field(ge=1)
+    """How long requests in flight have after that."""
 
 
 @lru_cache

@@ -10,8 +10,9 @@ from .conditional_requests import (
     is_not_modified,
 )
 from .dependencies import database, database_lifespan, unit_of_work
+from .draining import DrainMiddleware
 from .health import health_router
-from .middleware import BodyLimitMiddleware, RequestIdFilter, RequestIdMiddleware, request_id
+from .middleware import BodyLimitMiddleware, DeadlineMiddleware, RequestIdFilter, RequestIdMiddleware, request_id
 from .page_responses import CursorPageResponse, PageResponse, page_response
 from .problem_details import ProblemDetails, install_problem_details, problem_response, problem_responses
 from .query_parameters import ListQuery, list_query
@@ -20,6 +21,8 @@ __all__ = [
     "NO_VERSION",
     "BodyLimitMiddleware",
     "CursorPageResponse",
+    "DeadlineMiddleware",
+    "DrainMiddleware",
     "IfMatchVersion",
     "IfMatchVersions",
     "ListQuery",

@@ -57,12 +57,22 @@ def database(session: DatabaseSession) -> SessionDependency:
     return dependency
 
 
-def database_lifespan(session: DatabaseSession) -> Callable[[FastAPI], AbstractAsyncContextManager[Any]]:
-    """Return a lifespan that connects the session at startup and disconnects it at shutdown."""
+def database_lifespan(
+    session: DatabaseSession, prepare: Callable[[], Awaitable[object]] | None = None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[Any]]:
+    """Return a lifespan that starts the session, in the background if its database is not there yet, and disconnects it.
+
+    Until the database is there and prepared, requests that need it are answered 503, and so is ``/health/ready``. See
+    ``session.start`` for what fails the start of the application. In a lifespan of your own:
+    ``async with database_lifespan(session)(app)``.
+
+    Args:
+        prepare: awaited once the database is there, before requests are: ``lambda: session.create_tables(metadata)``.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await session.connect()
+        await session.start(prepare)
         try:
             yield
         finally:

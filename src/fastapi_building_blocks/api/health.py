@@ -1,7 +1,8 @@
-"""Health endpoints: whether the process lives, and whether its database answers."""
+"""Health endpoints: whether the process lives, and whether it should be sent requests."""
 
 import asyncio
 import logging
+from contextvars import Context
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
@@ -14,6 +15,9 @@ from .problem_details import problem_response, problem_responses
 logger = logging.getLogger(__name__)
 
 _LATE = "the database did not answer in time"
+_LEAVING = "the service is shutting down"
+_PATIENCE = 5.0
+"""How often its deadline a ping may last: one that was lost on the way, not delayed, is sent again after that."""
 
 
 class Health(BaseModel):
@@ -29,12 +33,14 @@ def health_router(session: DatabaseSession, *, deadline: float = 1.0) -> APIRout
     """Return the router of ``/health``, ``/health/live`` and ``/health/ready``.
 
     The first two answer 200 as long as the process does, database or not: restarting a service does not mend its
-    database. ``/health/ready`` answers 503 until the database does. HEAD is answered like GET, without the body.
+    database. ``/health/ready`` answers 503 until the database does, and again once ``DrainMiddleware`` lets the service
+    leave. The log has a line when that turns, and none for a probe. HEAD is answered like GET, without the body.
 
     Args:
-        deadline: seconds that the database has to answer.
+        deadline: seconds that the database has to answer. Probes that come meanwhile wait for the same answer.
     """
     router = APIRouter(tags=["health"])
+    readiness = _Readiness(session, deadline)
 
     @router.get("/health")
     @router.get("/health/live")
@@ -47,37 +53,53 @@ def health_router(session: DatabaseSession, *, deadline: float = 1.0) -> APIRout
     @router.get("/health/ready", responses=problem_responses(503), response_model=Health)
     @router.head("/health/ready", response_model=Health, include_in_schema=False)
     async def ready(request: Request) -> Health | Response:
-        """Tell whether the database answers."""
-        reason = await _unready(session, deadline)
+        """Tell whether the service takes requests: its database answers, and it is not shutting down."""
+        is_leaving = request.scope.get("state", {}).get("is_leaving", False)
+        reason = _LEAVING if is_leaving else await readiness.trouble()
         if reason is None:
             return _OK
-        logger.warning("not ready: %s", reason)
         return problem_response(request, 503, reason, code="unavailable", headers={"Retry-After": "1"})
 
     return router
 
 
-async def _unready(session: DatabaseSession, deadline: float) -> str | None:
-    """Return why the session is not ready, or None."""
-    ping = asyncio.ensure_future(session.ping())
-    ping.add_done_callback(_seen)
-    try:
+class _Readiness:
+    """Whether a database answers, found out by one ping at a time."""
+
+    def __init__(self, session: DatabaseSession, deadline: float) -> None:
+        self._session = session
+        self._deadline = deadline
+        self._ping: asyncio.Task[str | None] | None = None
+        self._was_ready = True
+
+    async def trouble(self) -> str | None:
+        """Return why the database is not ready, or None."""
+        ping = self._ping
+        if ping is None or ping.done() or ping.get_loop() is not asyncio.get_running_loop():
+            # It belongs to no request: neither to the first one's deadline, nor to its id in the log.
+            ping = self._ping = asyncio.get_running_loop().create_task(self._ask(), context=Context())
         # Not asyncio.timeout(), which would wait for a frozen connection to acknowledge its cancellation.
-        await asyncio.wait({ping}, timeout=deadline)
-    finally:
-        late = not ping.done()
-        ping.cancel()
-    if late:
-        return _LATE
-    try:
-        await ping
-    except BuildingBlocksError as error:
-        return error.detail
-    except RuntimeError:
-        return "the database is not connected"
-    return None
+        await asyncio.wait({ping}, timeout=self._deadline)
+        reason = ping.result() if ping.done() else _LATE
+        self._note(reason)
+        return reason
 
+    async def _ask(self) -> str | None:
+        try:
+            async with asyncio.timeout(self._deadline * _PATIENCE):
+                await self._session.ping()
+        except TimeoutError:
+            return _LATE
+        except BuildingBlocksError as error:
+            return error.detail
+        except RuntimeError:
+            return "the database is not connected"
+        return None
 
-def _seen(ping: asyncio.Future[None]) -> None:
-    if not ping.cancelled():
-        ping.exception()
+    def _note(self, reason: str | None) -> None:
+        is_ready = reason is None
+        if is_ready and not self._was_ready:
+            logger.info("ready again")
+        elif self._was_ready and not is_ready:
+            logger.warning("not ready: %s", reason)
+        self._was_ready = is_ready

@@ -1,4 +1,4 @@
-"""What every request passes: its id, in the answer, in logs and in problems; a limit to its body."""
+"""What every request passes: its id, in the answer, in logs and in problems; a limit to its body, and to its time."""
 
 import logging
 import re
@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastapi_building_blocks.infrastructure.database.deadlines import deadline
 
 from .problem_details import problem_response
 
@@ -102,6 +104,31 @@ class BodyLimitMiddleware:
     def _is_too_long(self, length: bytes) -> bool:
         digits = length.lstrip(b"0")
         return digits.isdigit() and (len(digits) > _LONGEST_LENGTH or int(digits) > self.max_bytes)
+
+
+class DeadlineMiddleware:
+    """Give every HTTP request one deadline for all its database calls: ``app.add_middleware(DeadlineMiddleware)``.
+
+    A call after it, or that it ends, raises ``DeadlineExceededError``, a 504. Calls are all that it bounds: work without
+    them goes on, and so do WebSockets. What is streamed and background tasks are part of their request, since they hold
+    connections like it: what may stream for longer belongs in an application without this middleware.
+
+    Args:
+        seconds: from the request's first byte to the end of its last database call.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float = 30.0) -> None:
+        if not seconds > 0:
+            raise ValueError("a deadline is a number of seconds greater than 0")
+        self.app = app
+        self.seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        with deadline(self.seconds):
+            await self.app(scope, receive, send)
 
 
 class RequestIdFilter(logging.Filter):

@@ -238,7 +238,7 @@ async def test_what_is_in_use_while_disconnecting_may_finish_and_its_connection_
         await unit.execute(sa.text("SELECT 1"))
         waiting = asyncio.create_task(session.ping())
         await until(lambda: session.pool_status().waiting == 1)
-        disconnecting = asyncio.create_task(session.disconnect())
+        disconnecting = asyncio.gather(session.disconnect(), session.disconnect())
         with pytest.raises(RuntimeError, match="disconnected"):
             await waiting
         assert (await unit.execute(sa.text("SELECT 7"))).scalar() == 7
@@ -461,3 +461,16 @@ async def test_t7_random_cancellations_lose_nothing_and_leave_every_transaction_
         assert all(number ^ 1 in stored for number in stored)
         assert len(stored) >= 50
         await session.ping()
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_a_value_that_the_driver_refuses_leaves_no_lock_behind(database_url: str, portable: bool) -> None:
+    async with (
+        opened(database_url, pool_size=1, portable=portable) as session,
+        opened(database_url, pool_size=1, statement_timeout=2.0) as other,
+    ):
+        with pytest.raises(BuildingBlocksError):
+            await session.execute(sa.text("UPDATE accounts SET balance = :much"), {"much": "much"})
+        await other.execute(sa.text("ALTER TABLE accounts ADD COLUMN extra INTEGER"))
+        assert await Accounts(session).count() == 0

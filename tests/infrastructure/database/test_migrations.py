@@ -234,6 +234,13 @@ async def test_a_session_stands_for_its_url(database_url: str, tmp_path: Path):
     assert await on_connection(database_url, tables) == {"things", "alembic_version"}
 
 
+@pytest.mark.parametrize("scheme", ["postgresql+asyncpg", "mysql+aiomysql"])
+async def test_a_server_that_is_not_there_is_unavailable(scheme: str, tmp_path: Path):
+    directory = write_environment(tmp_path, CREATE)
+    with pytest.raises(UnavailableError):
+        await upgrade(f"{scheme}://u:p@127.0.0.1:1/name", directory)
+
+
 async def test_a_migration_that_is_refused_shows_no_values(sqlite_url: str, tmp_path: Path):
     fill = "op.bulk_insert(sa.table('nowhere', sa.column('name')), [{'name': 'hunter2'}])"
     with pytest.raises(sa.exc.OperationalError) as caught:

@@ -33,6 +33,7 @@ def test_every_knob_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         "CONNECT_ATTEMPTS": "3",
         "STATEMENT_TIMEOUT": "4.5",
         "REPLICA_URLS": "postgresql+asyncpg://a/d, postgresql+asyncpg://b/d,",
+        "PGBOUNCER": "true",
     }
     for name, value in given.items():
         monkeypatch.setenv(f"DATABASE_{name}", value)
@@ -45,6 +46,7 @@ def test_every_knob_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         "connect_attempts": 3,
         "statement_timeout": 4.5,
         "replica_urls": ("postgresql+asyncpg://a/d", "postgresql+asyncpg://b/d"),
+        "pgbouncer": True,
     }
 
 

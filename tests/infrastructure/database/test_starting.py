@@ -97,14 +97,18 @@ async def test_what_the_server_can_do_is_known_to_repositories_that_came_before_
     for call in (early.count, lambda: early.upsert(account(1))):
         with pytest.raises(UnavailableError):
             await call()
+    guesses = list(early._sql._cache._statements.values())
+    assert guesses
     proxy.heal()
     await until(lambda: session._starting is None)
     late = Accounts(session)
+    assert session.dialect.insert_returning == session.engine.dialect.insert_returning
     assert await early.upsert(account(1)) == account(1)
     assert await late.upsert(account(1, balance=5)) == account(1, balance=5)
     assert early._sql is not late._sql
     shared = [key for key in early._sql._cache._statements if key in late._sql._cache._statements]
     assert shared
+    assert not set(map(id, guesses)) & set(map(id, early._sql._cache._statements.values()))
     for key in shared:
         assert early._sql._cache._statements[key].sql == late._sql._cache._statements[key].sql
     assert not session.unlearned

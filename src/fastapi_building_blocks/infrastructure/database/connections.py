@@ -204,7 +204,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._closed = True
         self._reserved: object | None = None
         self._refusal: Callable[[], Exception] = not_connected
-        self._emptied: asyncio.Future[None] | None = None
+        self._draining: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
@@ -387,9 +387,12 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     async def _is_empty_within(self, seconds: float) -> bool:
         if self._open:
-            self._emptied = asyncio.get_running_loop().create_future()
-            await asyncio.wait({self._emptied}, timeout=seconds)
-            self._emptied = None
+            emptied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._draining.add(emptied)
+            try:
+                await asyncio.wait({emptied}, timeout=seconds)
+            finally:
+                self._draining.discard(emptied)
         return not self._open
 
     def reopen(self) -> None:
@@ -468,8 +471,10 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_result(None)  # the place goes to the one that waits longest, who opens a connection
                 return
         self._open -= 1
-        if not self._open and self._emptied is not None and not self._emptied.done():
-            self._emptied.set_result(None)
+        if not self._open:
+            for emptied in self._draining:
+                if not emptied.done():
+                    emptied.set_result(None)
 
     async def _close(self, connection: PooledConnection) -> None:
         record = connection.record

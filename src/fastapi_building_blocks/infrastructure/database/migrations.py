@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from fastapi_building_blocks.domain.errors import UnavailableError
+from fastapi_building_blocks.domain.errors import UnavailableError, UnsupportedOperationError
 
 from .dialects import Timeouts, dialect_for
 from .plain_types import adapt_dialect
+from .sqlalchemy_errors import driver_error, translate
 from .sqlalchemy_session import SQLAlchemySession
 
 try:
@@ -51,11 +53,13 @@ async def upgrade(database: str | sa.URL | SQLAlchemySession, directory: str | P
 
     Args:
         database: its URL, or a session of it: connected, where the database is in memory and so the session's alone.
+            PostgreSQL's own, where sessions go through PgBouncer: the lock belongs to a connection.
         directory: where ``alembic.ini`` lies.
         revision: its id, or ``"head"`` for the newest.
 
     Raises:
-        UnavailableError: another process has been migrating the database for ten minutes.
+        UnavailableError: the database cannot be reached, or another process has been migrating it for ten minutes.
+        UnsupportedOperationError: the session goes through PgBouncer.
     """
     await _run_command(command.upgrade, database, directory, revision)
 
@@ -69,7 +73,8 @@ async def downgrade(database: str | sa.URL | SQLAlchemySession, directory: str |
         revision: its id, or ``"base"`` for before the first one.
 
     Raises:
-        UnavailableError: another process has been migrating the database for ten minutes.
+        UnavailableError: the database cannot be reached, or another process has been migrating it for ten minutes.
+        UnsupportedOperationError: the session goes through PgBouncer.
     """
     await _run_command(command.downgrade, database, directory, revision)
 
@@ -128,6 +133,12 @@ async def _run_command(
         config.attributes[_CONNECTION] = connection
         alembic_command(config, revision)
 
+    if isinstance(database, SQLAlchemySession) and not database.dialect.keeps_sessions:
+        raise UnsupportedOperationError(
+            "migrations need a connection of their own, for the lock that keeps others out: give the URL of PostgreSQL "
+            "itself, not a session behind PgBouncer"
+        )
+    url = database.engine.url if isinstance(database, SQLAlchemySession) else sa.make_url(database)
     if isinstance(database, SQLAlchemySession) and database.dialect.in_memory:
         async with database.engine.connect() as connection:
             # A batch drops the table that it has copied; rows that refer to it are to stay.
@@ -136,8 +147,14 @@ async def _run_command(
             await connection.commit()
             await connection.exec_driver_sql("PRAGMA foreign_keys = ON")
     else:
-        url = database.engine.url if isinstance(database, SQLAlchemySession) else database
-        await _on_own_connection(url, run)
+        try:
+            await _on_own_connection(url, run)
+        except (DBAPIError, OSError) as error:
+            # What was refused is for whoever wrote the migration, in the database's words.
+            failure = translate(error, dialect_for(url, _NO_TIMEOUTS))
+            if isinstance(failure, UnavailableError):
+                raise failure from driver_error(error)
+            raise
 
 
 async def _on_own_connection(url: str | sa.URL, work: Callable[[sa.Connection], None]) -> None:

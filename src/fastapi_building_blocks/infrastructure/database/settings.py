@@ -35,6 +35,8 @@ class DatabaseSettings(BaseSettings):
     """How long ``disconnect()`` waits for connections in use before it closes them all the same."""
     replica_urls: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
     """Read replicas, separated by commas."""
+    pgbouncer: bool = False
+    """Whether ``url`` leads to PgBouncer in transaction mode instead of to PostgreSQL itself."""
 
     @field_validator("replica_urls", mode="before")
     @classmethod

@@ -84,12 +84,14 @@ class SQLAlchemySession(DatabaseSession):
         leak_threshold: seconds after which a held connection is logged, with the line that took it; None: never.
         shutdown_timeout: seconds that ``disconnect()`` waits for connections in use before it closes them all the same.
         replica_urls: read replicas; refused until they are supported.
+        pgbouncer: the URL leads to PgBouncer in transaction mode (PostgreSQL by asyncpg). Nothing is then prepared, set or
+            locked on a connection beyond its transaction, and a statement costs one round trip more.
         portable: run everything on SQLAlchemy's adapted cursors, not on the driver itself; for finding out whether the
             fast path is to blame.
 
     Raises:
-        ValueError: the URL is not one of an asynchronous driver, names no database or is not percent-encoded, or a
-            number makes no sense.
+        ValueError: the URL is not one of an asynchronous driver, names no database or is not percent-encoded, a
+            number makes no sense, or ``pgbouncer`` is said of another database.
         ModuleNotFoundError: the driver is not installed; the message has the command.
     """
 
@@ -107,6 +109,7 @@ class SQLAlchemySession(DatabaseSession):
         leak_threshold: float | None = 60.0,
         shutdown_timeout: float = 10.0,
         replica_urls: Sequence[str] = (),
+        pgbouncer: bool = False,
         portable: bool = False,
     ) -> None:
         if replica_urls:
@@ -119,7 +122,7 @@ class SQLAlchemySession(DatabaseSession):
         self._connect_attempts = connect_attempts
         self._shutdown_timeout = shutdown_timeout
         self.dialect: PortableDialect = dialect_for(
-            self._url, Timeouts(connect_timeout, statement_timeout), portable=portable
+            self._url, Timeouts(connect_timeout, statement_timeout), portable=portable, pgbouncer=pgbouncer
         )
         if self.dialect.needs_database_name and not (self._url.database or self._url.query.get("database")):
             raise ValueError(
@@ -508,11 +511,13 @@ class SQLAlchemySession(DatabaseSession):
         failure = translate(error, self.dialect, statement)
         if isinstance(failure, ConnectionLostError) or self.dialect.plan_is_stale(driver_error(error)):
             self._pool.discard(connection, distrust=True)
-        elif failure is error and not isinstance(error, BuildingBlocksError):
-            self._pool.mend(connection)  # not an answer of the database: the call may have ended midway
-        else:
+        elif isinstance(error, BuildingBlocksError) or (
+            failure is not error and self.dialect.is_answer(driver_error(error))
+        ):
             connection.intact = False
             self._pool.release(connection)
+        else:
+            self._pool.mend(connection)  # not an answer of the database: the call may have ended midway
         return failure
 
     def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:
@@ -731,4 +736,4 @@ def _reason(error: Exception, dialect: PortableDialect) -> str:
     code = dialect.error_code(cause)
     if code is None:
         return type(cause).__name__
-    return f"{dialect.refusals.get(code, type(cause).__name__)} ({code})"
+    return f"{dialect.refusal(cause) or type(cause).__name__} ({code})"

@@ -82,6 +82,8 @@ class PortableDialect:
     """Whether ``insert_many`` takes rows from an asynchronous iterator while they are made."""
     streams_in_transaction = False
     """Whether a cursor lives in a transaction only."""
+    keeps_sessions = True
+    """Whether a connection stays with one session of the server, so that what it sets and locks there lasts."""
     transactional_ddl = False
     """Whether a transaction ends by COMMIT and ROLLBACK only, and the driver knows whether it is open."""
     counts_by_returning = False
@@ -245,6 +247,14 @@ class PortableDialect:
     def error_code(self, error: BaseException) -> str | None:
         """Return the database's own code of a driver's error."""
         return None
+
+    def is_answer(self, error: BaseException) -> bool:
+        """Whether an error of the driver's is the database's answer, after which the connection is at rest."""
+        return True
+
+    def refusal(self, error: BaseException) -> str | None:
+        """Say in words why a connection was not opened, where a driver's error tells."""
+        return self.refusals.get(self.error_code(error) or "")
 
     def may_open_later(self, failure: Exception) -> bool:
         """Whether another attempt may open the connection that failed with this error of the domain."""

@@ -68,6 +68,7 @@ _REFUSALS = {
     "53300": "the server has too many connections",
     "57P03": "the server is starting up or shutting down",
 }
+_NEEDS_PGBOUNCER = "PgBouncer takes no such start-up parameter: set pgbouncer=True, or DATABASE_PGBOUNCER=true"
 _BATCH = 5_000
 """Rows of a bulk INSERT that are in memory at once, where COPY cannot take them."""
 
@@ -134,15 +135,26 @@ class PostgreSQLDialect(PortableDialect):
         if connection.driver.is_closed():
             return False
         await connection.driver.execute("ROLLBACK" if connection.driver.is_in_transaction() else "SELECT 1")
-        return not connection.driver.is_in_transaction()
+        # A BEGIN of SQLAlchemy's that was cancelled leaves asyncpg's mark: the next one would be a savepoint.
+        return not connection.driver.is_in_transaction() and connection.driver._top_xact is None
 
     def error_code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlstate", None)
+
+    def is_answer(self, error: BaseException) -> bool:
+        # What asyncpg itself refuses, a value of another type say, leaves the statement described and not ended: the
+        # locks of its tables are held until the next one.
+        return getattr(getattr(error, "driver_exception", None) or error, "severity", None) is not None
+
+    def refusal(self, error: BaseException) -> str | None:
+        return _NEEDS_PGBOUNCER if _is_pgbouncers(error) else super().refusal(error)
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
         code = getattr(error, "sqlstate", None)
         if not code:
             return Failure(ConnectionLostError) if isinstance(error, OSError) or _is_closed(error) else None
+        if _is_pgbouncers(error):
+            return None  # it will refuse the next attempt as well
         if self.plan_is_stale(error):
             return Failure(SerializationError)
         kind = _BY_CODE.get(code) or _BY_CLASS.get(code[:2])
@@ -181,6 +193,11 @@ def _is_closed(error: BaseException) -> bool:
     """
     name = type(error).__name__
     return name == "InternalClientError" or (name == "InterfaceError" and "closed" in str(error))
+
+
+def _is_pgbouncers(error: BaseException) -> bool:
+    """Whether PgBouncer refused what only PostgreSQL itself sets at the start; it has one code for all refusals."""
+    return getattr(error, "sqlstate", None) == "08P01" and "startup parameter" in str(error)
 
 
 def _columns_in(detail: str | None) -> tuple[str, ...]:

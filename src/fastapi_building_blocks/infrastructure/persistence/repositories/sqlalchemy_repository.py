@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from fastapi_building_blocks.domain.errors import (
     BuildingBlocksError,
     ConstraintError,
+    DeadlockError,
     DuplicateKeyError,
     InvalidInputError,
     TransientError,
@@ -52,6 +53,8 @@ _TURN = 256
 _NO_PLACES: frozenset[int] = frozenset()
 _UPSERT_ATTEMPTS = 10
 """How often an upsert that is a transaction of its own is tried when it meets deadlocks."""
+_DEADLOCKED = 2.0
+"""Seconds after which it is not tried again."""
 
 
 class SQLAlchemyRepository(DeclaredRepository[T]):
@@ -231,11 +234,17 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
 
     async def add(self, entity: T) -> T:
         values, omitted, _ = self._new_row(self._dump(entity))
-        if not omitted:
-            statement = self._sql.insert(omitted, False)
-            await self._session.perform(self._sql.dialect.execute, statement, statement.bind(values))
-            return self._stored(values)
-        return await self._insert_and_read(values, omitted)
+        try:
+            if not omitted:
+                statement = self._sql.insert(omitted, False)
+                await self._session.perform(self._sql.dialect.execute, statement, statement.bind(values))
+                return self._stored(values)
+            return await self._insert_and_read(values, omitted)
+        except DeadlockError:
+            # InnoDB ends some of those that insert a key which was just deleted: not for being duplicates, as they are.
+            if self._session.in_transaction:
+                raise
+            return await self._unclashed(lambda: self._insert(values, omitted))
 
     async def _insert_and_read(self, values: Values, omitted: frozenset[int]) -> T:
         sql = self._sql
@@ -426,14 +435,19 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         return self._entity(self._sql.one(rows[0])) if rows else None
 
     async def _unclashed(self, work: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Await an atomic step; on a session, where it is a transaction of its own, a deadlock repeats it."""
+        """Await an atomic step; on a session, where it is a transaction of its own, a deadlock repeats it.
+
+        A deadlock is found at once. What has waited long for a lock, and in vain, does not wait again.
+        """
         if self._session.in_transaction:
             return await work()
+        give_up = time.monotonic() + _DEADLOCKED
         for _ in range(_UPSERT_ATTEMPTS - 1):
             try:
                 return await work()
             except TransientError:
-                continue
+                if time.monotonic() > give_up:
+                    raise
         return await work()
 
     async def _explain_collision(
