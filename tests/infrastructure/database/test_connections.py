@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.domain import BuildingBlocksError, ConnectionLostError, PoolTimeoutError
+from fastapi_building_blocks.domain import (
+    BuildingBlocksError,
+    CommitOutcomeUnknownError,
+    ConnectionLostError,
+    PoolTimeoutError,
+)
 from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database import connections as pool_module
 from tests.backends import Backends
