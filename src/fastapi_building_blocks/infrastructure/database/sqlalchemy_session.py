@@ -178,6 +178,7 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.leak_threshold = math.inf if leak_threshold is None else leak_threshold
         self._patience = self.dialect.patience
         self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
+        self._users_engine.sync_engine._connection_cls = _UsersConnection
 
     @classmethod
     def from_settings(cls, settings: DatabaseSettings) -> Self:
@@ -562,6 +563,23 @@ class SQLAlchemySession(DatabaseSession):
                 await greenlet_spawn(result.close)
         if own:
             await self.dialect.commit(connection)
+
+
+class _UsersConnection(Connection):
+    """A connection of ``session.engine``; cancelled while it is made, it goes back to the pool.
+
+    Some drivers set the isolation level by a statement, in SQLAlchemy's constructor. Interrupted there, the connection
+    would be left to the garbage collector.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super().__init__(*arguments, **options)
+        except BaseException as error:
+            made = getattr(self, "_dbapi_connection", None)
+            if made is not None:
+                made.invalidate(error)
+            raise
 
 
 class _SQLAlchemyTransaction(TransactionBackend):
