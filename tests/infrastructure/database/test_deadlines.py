@@ -24,6 +24,7 @@ from fastapi_building_blocks.infrastructure import (
     time_left,
 )
 from fastapi_building_blocks.infrastructure.database import connections
+from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
 from tests.guarantees.ledger import Account, Accounts, account, opened
 from tests.server_view import until
 
@@ -241,3 +242,25 @@ async def in_short_units(session: SQLAlchemySession) -> None:
     for _ in range(5):
         async with session.transaction() as unit:
             await Accounts(unit).count()
+
+
+async def test_a_task_that_is_cancelled_in_the_moment_of_its_deadline_is_cancelled(
+    session: SQLAlchemySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session._pool, "interrupt", lambda _: False)
+    cancel_call = PooledConnection.cancel_call
+
+    async def work() -> None:
+        with deadline(0.2):
+            await session.execute(slow(session))
+
+    task = asyncio.create_task(work())
+
+    def cancel_both(connection: PooledConnection) -> None:
+        task.cancel()
+        cancel_call(connection)
+
+    monkeypatch.setattr(PooledConnection, "cancel_call", cancel_both)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: session.pool_status().checked_out == 0)

@@ -111,7 +111,9 @@ class PooledConnection(PoolProxiedConnection):
             if end <= now:
                 raise deadline_passed()
             until = end
-        self._caller = asyncio.current_task()
+        self._caller = caller = asyncio.current_task()
+        # Asked here: whoever cancels the task during the call wants it to end, though the call may end first.
+        self._cancelling = 0 if caller is None else caller.cancelling()
         self.is_late = self._is_cancelled = False
         self.until = until
 
@@ -120,7 +122,6 @@ class PooledConnection(PoolProxiedConnection):
         self.until = _NEVER
         if self._caller is not None:
             self.is_late = self._is_cancelled = True
-            self._cancelling = self._caller.cancelling()
             self._caller.cancel()
 
     def ran_out_of_time(self, error: BaseException) -> bool:
