@@ -3,14 +3,21 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.domain import BuildingBlocksError, ConnectionLostError, PoolTimeoutError
-from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession
+from fastapi_building_blocks.domain import (
+    BuildingBlocksError,
+    CommitOutcomeUnknownError,
+    ConnectionLostError,
+    PoolTimeoutError,
+    StatementTimeoutError,
+)
+from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession, deadline
 from fastapi_building_blocks.infrastructure.database import connections as pool_module
 from tests.backends import Backends
 from tests.guarantees.ledger import Accounts, account, metadata, opened
@@ -474,3 +481,11 @@ async def test_a_value_that_the_driver_refuses_leaves_no_lock_behind(database_ur
             await session.execute(sa.text("UPDATE accounts SET balance = :much"), {"much": "much"})
         await other.execute(sa.text("ALTER TABLE accounts ADD COLUMN extra INTEGER"))
         assert await Accounts(session).count() == 0
+
+
+async def test_a_database_in_memory_does_not_grow_old() -> None:
+    async with SQLAlchemySession("sqlite+aiosqlite://", recycle=0.1) as session:
+        await session.execute(sa.text("CREATE TABLE kept (id INTEGER PRIMARY KEY)"))
+        await asyncio.sleep(0.25)
+        for _ in range(2):
+            assert (await session.execute(sa.text("SELECT count(*) FROM kept"))).scalar() == 0

@@ -174,7 +174,8 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.is_abandoned = self.dialect.is_abandoned
         self._pool.end_abandoned = self.dialect.end_abandoned
         self._pool.connect_timeout = connect_timeout
-        self._pool.recycle = math.inf if recycle is None else recycle
+        # In memory, the connection is the database.
+        self._pool.recycle = math.inf if recycle is None or self.dialect.in_memory else recycle
         self._pool.leak_threshold = math.inf if leak_threshold is None else leak_threshold
         self._patience = self.dialect.patience
         self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
