@@ -483,6 +483,16 @@ async def test_a_value_that_the_driver_refuses_leaves_no_lock_behind(database_ur
         assert await Accounts(session).count() == 0
 
 
+async def test_an_old_connection_is_not_lent_after_a_pause(database_url: str) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0, recycle=0.3) as session:
+        await Accounts(session).count()
+        [before] = session._pool._connections
+        await asyncio.sleep(0.4)  # nothing is lent, so nobody looks around
+        await Accounts(session).count()
+        [after] = session._pool._connections
+        assert after is not before
+
+
 async def test_a_database_in_memory_does_not_grow_old() -> None:
     async with SQLAlchemySession("sqlite+aiosqlite://", recycle=0.1) as session:
         await session.execute(sa.text("CREATE TABLE kept (id INTEGER PRIMARY KEY)"))

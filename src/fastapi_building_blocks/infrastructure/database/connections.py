@@ -218,6 +218,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         idle = self._idle
         if self._watch is None:
             self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look)
+            self._retire()  # nobody has looked while all were idle
         while idle:
             connection = idle.pop()
             if not self.is_dead(connection.driver):
@@ -336,14 +337,20 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                     connection.lent[1],
                 )
                 connection.lent = None
+        self._retire()
+        lends = self._open > len(self._idle)
+        self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look) if lends else None
+
+    def _retire(self) -> None:
+        """Close the connections that are old, and those that are lent on their return."""
+        now = time.monotonic()
+        for connection in tuple(self._connections):
             if connection.old_at <= now:
                 connection.old_at = _NEVER
-                connection.epoch = -1  # closed on its return
+                connection.epoch = -1
                 if connection in self._idle:
                     self._idle.remove(connection)
                     self.discard(connection)
-        lends = self._open > len(self._idle)
-        self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look) if lends else None
 
     def _in_background(self, work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
         """Run what is finished even if nobody waits for it; ``drain`` does."""
