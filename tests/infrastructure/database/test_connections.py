@@ -499,3 +499,21 @@ async def test_a_database_in_memory_does_not_grow_old() -> None:
         await asyncio.sleep(0.25)
         for _ in range(2):
             assert (await session.execute(sa.text("SELECT count(*) FROM kept"))).scalar() == 0
+
+
+def test_a_session_ends_late_calls_in_a_second_event_loop_too(postgres_url: str) -> None:
+    session = SQLAlchemySession(postgres_url, statement_timeout=2.0)
+
+    async def refused() -> None:
+        with pytest.raises(RuntimeError, match="not connected"):
+            await session.execute(sa.text("SELECT 1"))
+
+    async def late() -> float:
+        async with session:
+            started = time.monotonic()
+            with pytest.raises(StatementTimeoutError), deadline(0.2):
+                await session.execute(sa.text("SELECT pg_sleep(2)"))
+            return time.monotonic() - started
+
+    asyncio.run(refused())
+    assert asyncio.run(late()) < 0.7

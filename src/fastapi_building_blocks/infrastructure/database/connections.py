@@ -405,15 +405,22 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def reopen(self) -> None:
         """Lend connections, until ``drain``."""
+        self._begin_anew()
         self._end_reservation()
-        self._closed = False
 
     def reserve(self, refusal: Callable[[], Exception]) -> None:
         """Lend connections to those who ``enter`` only, until ``reopen``; others are raised what ``refusal`` makes."""
-        self._closed = False
+        self._begin_anew()
         self._reserved, self._refusal = object(), refusal
         # Idle connections are reserved as well. Said here, since the way of every statement has no time to ask.
         self.take = self._take_reserved  # type: ignore[method-assign]
+
+    def _begin_anew(self) -> None:
+        if self._closed and self._watch is not None:
+            # Of a call that was refused, in an event loop that may be no more: nothing would look around in this one.
+            self._watch.cancel()
+            self._watch = None
+        self._closed = False
 
     def enter(self) -> None:
         """Have this task, and those that it starts from here on, lent what is reserved now."""
