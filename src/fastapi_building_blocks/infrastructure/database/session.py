@@ -273,6 +273,9 @@ class TransactionBackend(ABC):
         """
         time_left()
 
+    def start_last_clock(self) -> None:  # noqa: B027
+        """Begin the end of a stream that its consumer has left, which has a time of its own."""
+
     def stop_clock(self) -> None:  # noqa: B027 - a store whose calls cannot hang has no clock
         """End the call."""
 
