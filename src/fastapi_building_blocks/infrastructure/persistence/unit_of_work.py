@@ -286,6 +286,8 @@ class UnitOfWork(Transaction):
             if not isinstance(failure, TransientError):
                 self._connection = None
                 self._backend.abandon()
+        elif self._backend.has_ended():
+            self._whole_unit_failed = True  # as SQLite ends it where a write is interrupted, or the disk is full
         return failure
 
     def _check_open(self) -> None:
