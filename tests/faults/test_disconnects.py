@@ -165,7 +165,7 @@ async def test_t7_clients_that_go_leave_nothing_behind(
     shown: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    wanted = effort(30, 500)
+    wanted = effort(20, 500)
     async with loaded(database_url, pool_size=3, max_overflow=2) as session:
         await Accounts(session).add_many([account(-number) for number in range(1, ROWS)])
         async with serving(application(session, layered=layered)) as url:

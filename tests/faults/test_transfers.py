@@ -48,7 +48,7 @@ class Books(SQLAlchemyRepository[Entry]):
 async def test_t5_transfers_of_32_tasks_between_10_accounts_keep_the_total_and_the_books(
     database_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
 ) -> None:
-    chance, transfers = random.Random(7), effort(64, 1600)
+    chance, transfers = random.Random(7), effort(32, 1600)
     acknowledged: set[int] = set()
     attempts = given_up = 0
     async with opened(database_url, pool_size=8, max_overflow=8, pool_timeout=60) as session:

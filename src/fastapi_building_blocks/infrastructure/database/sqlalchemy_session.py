@@ -559,7 +559,8 @@ class SQLAlchemySession(DatabaseSession):
             while rows := await self.dialect.spawn(connection, result.fetchmany, 1000):
                 yield rows
         finally:
-            await greenlet_spawn(result.close)
+            if result.cursor is not None:  # a cancelled call has closed it
+                await greenlet_spawn(result.close)
         if own:
             await self.dialect.commit(connection)
 

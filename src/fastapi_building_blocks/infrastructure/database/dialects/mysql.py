@@ -3,6 +3,7 @@
 import asyncio
 import math
 import re
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -85,7 +86,7 @@ _REFUSALS = {
     "2003": "the server cannot be reached",
 }
 _KILL_POLL = 0.005
-"""Seconds between two looks at whether a killed connection is gone."""
+"""Seconds until a connection is killed again: that it is not there any more says that it is gone."""
 _NO_CODE = 0
 _NO_SUCH_THREAD = "1094"
 _LOCK_WAIT_TIMEOUT = 1205
@@ -96,23 +97,21 @@ _KEY_MARK = re.compile(r"'upsert met key (\d+)'$")
 _BAD_NULL, _NO_DEFAULT, _TOO_LONG, _OUT_OF_RANGE = 1048, 1364, 1406, 1264
 _SERVER_STATUS_IN_TRANSACTION = 1
 _SERVER_STATUS_NO_BACKSLASH_ESCAPES = 512
-_WHO_AM_I = (
-    "SELECT VERSION(), CONCAT(@@hostname, ':', @@port), CONNECTION_ID(), "
-    "(SELECT host FROM information_schema.processlist WHERE id = CONNECTION_ID())"
-)
+_WHO_AM_I = "SELECT VERSION(), CONCAT(@@hostname, ':', @@port), CONNECTION_ID()"
 _INSERT = re.compile(r"(INSERT INTO .+? VALUES )(\((?:%s, )*%s\))((?: ON DUPLICATE KEY UPDATE .*)?)", re.DOTALL)
 _LONGEST_STATEMENT = 500_000
 """Characters of an INSERT of many rows; one takes four bytes at most, and servers take 4 MiB at least."""
 
 
-class _Listed:
-    """The question whether the server still has a connection, by its number and the client's address."""
+class _Uptime:
+    """The question for how many seconds the server has run.
 
-    sql = "SELECT 1 FROM information_schema.processlist WHERE id = %s AND host = %s"
-    name = "connection listed"
+    Not the one which connections it has: a MariaDB that is asked for its PROCESSLIST by a client that goes meanwhile may
+    crash (seen with 10.11.19).
+    """
 
-
-_LISTED = _Listed()
+    sql = "SHOW GLOBAL STATUS LIKE 'Uptime'"
+    name = "uptime"
 
 
 class MySQLDialect(PortableDialect):
@@ -144,7 +143,8 @@ class MySQLDialect(PortableDialect):
         def set_up(dbapi_connection: Any, record: Any) -> None:
             cursor = dbapi_connection.cursor()
             cursor.execute(_WHO_AM_I)
-            version, *record.info["server"] = cursor.fetchone()
+            version, server, number = cursor.fetchone()
+            record.info["server"] = server, number, time.monotonic()
             mariadb = "mariadb" in str(version).lower()
             cursor.execute(strict)
             if limit is not None:
@@ -182,17 +182,19 @@ class MySQLDialect(PortableDialect):
         return getattr(connection.driver, "_close_reason", None) is not None
 
     async def end_abandoned(self, connection: PooledConnection, helper: PooledConnection) -> None:
-        server, number, client = connection.info["server"]
-        # Behind one address there may be several servers, and one that was restarted counts anew.
-        if helper.info["server"][0] != server or not await self.fetch(helper, _LISTED, (number, client)):
-            return
-        try:
-            await self.command(helper, f"KILL {number}")
-        except Exception as error:
-            if self.error_code(error) == _NO_SUCH_THREAD:
-                return
-            raise
-        while await self.fetch(helper, _LISTED, (number, client)):  # noqa: ASYNC110 - the server says when, if it is asked
+        server, number, since = connection.info["server"]
+        if helper.info["server"][0] != server:
+            return  # behind one address there may be several
+        [(_, uptime)] = await self.fetch(helper, _Uptime, ())
+        if int(uptime) + 1 < time.monotonic() - since:
+            return  # it was restarted, and counts its connections anew
+        while True:
+            try:
+                await self.command(helper, f"KILL {number}")
+            except Exception as error:
+                if self.error_code(error) == _NO_SUCH_THREAD:
+                    return
+                raise
             await asyncio.sleep(_KILL_POLL)
 
     def error_code(self, error: BaseException) -> str | None:
