@@ -79,7 +79,7 @@ class _CountedLog(logging.Handler):
         self.counts[f"{record.name} {record.levelname}"] += 1
         if record.name == "asyncio" and record.levelno >= logging.ERROR:
             error = record.exc_info[1] if record.exc_info else None
-            self.unhandled.append(f"{record.getMessage().splitlines()[0]}: {error!r}")
+            self.unhandled.append(f"{' '.join(record.getMessage().split())} {error!r}"[:400])
 
 
 async def soak(names: Sequence[str], seconds: float, workers: int, seed: int | None) -> int:

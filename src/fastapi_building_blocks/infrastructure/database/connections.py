@@ -302,6 +302,10 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             self.distrust(connection)
         self._in_background(self._close(connection))
 
+    def give_up(self, borrowed: PoolProxiedConnection, cause: BaseException) -> None:
+        """Close what SQLAlchemy has borrowed, in the background: whoever is cancelled again cannot wait for that."""
+        self._in_background(greenlet_spawn(borrowed.invalidate, cause))
+
     def mend(self, connection: PooledConnection) -> None:
         """Take back a connection whose call was interrupted; it is lent again only once it is known to be sound."""
         connection.until = _NEVER

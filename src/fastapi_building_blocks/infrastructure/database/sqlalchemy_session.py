@@ -592,7 +592,8 @@ class _UsersConnection(Connection):
         except BaseException as error:
             made = getattr(self, "_dbapi_connection", None)
             if made is not None:
-                made.invalidate(error)
+                pool: Any = self.engine.pool
+                pool.give_up(made, error)
             raise
 
 
