@@ -214,9 +214,9 @@ async def test_run_does_not_wait_for_another_attempt_beyond_the_deadline(session
 async def test_connections_are_replaced_when_they_are_old(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_LOOK_AGAIN", 0.01)
     async with opened(database_url, pool_size=2, recycle=0.1) as session:
-        first = session._pool._idle[-1]
         async with session.transaction() as unit:
             await Accounts(unit).count()
+            first = unit._connection
             await asyncio.sleep(0.15)
             await Accounts(unit).add(account(1))
         assert await Accounts(session).count() == 1
