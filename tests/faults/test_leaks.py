@@ -143,3 +143,14 @@ async def test_p6_what_is_logged_is_nobody_elses(database_url: str, caplog: pyte
         await holder
         caplog.handler.removeFilter(note)
     assert [vars(record)["of_request"] for record in caplog.records if record.name == LOGGER] == [""]
+
+
+async def test_p6_what_was_given_back_is_not_held(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0, leak_threshold=5 * THRESHOLD) as session:
+        caplog.clear()
+        async with session.transaction() as unit:
+            await Accounts(unit).exists()
+        begun = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < begun + 10 * THRESHOLD:  # single calls: nobody holds it for long
+            await Accounts(session).exists()
+        assert warnings_in(caplog) == []
