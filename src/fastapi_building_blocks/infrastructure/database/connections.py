@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -209,6 +209,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._nobodys = Context()  # of the look around, which logs about others than who has set it off
         self._least_idle = 0
 
     # Borrowing
@@ -217,7 +218,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         """Return an idle connection, the one used last, or None: then ``acquire``."""
         idle = self._idle
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look)
+            self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look, context=self._nobodys)
             self._retire()  # nobody has looked while all were idle
         while idle:
             connection = idle.pop()
@@ -343,7 +344,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 connection.lent = None
         self._retire()
         lends = self._open > len(self._idle)
-        self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look) if lends else None
+        again = asyncio.get_running_loop().call_later
+        self._watch = again(_LOOK_AGAIN, self._look, context=self._nobodys) if lends else None
 
     def _retire(self) -> None:
         """Close the connections that are old, and those that are lent on their return."""
