@@ -94,6 +94,9 @@ class _Readiness:
             return error.detail
         except RuntimeError:
             return "the database is not connected"
+        except Exception:
+            logger.exception("asking the database for a sign of life failed")
+            return "the database could not be asked"
         return None
 
     def _note(self, reason: str | None) -> None:

@@ -10,10 +10,12 @@ import pytest
 import sqlalchemy as sa
 
 from fastapi_building_blocks.domain import (
+    CommitOutcomeUnknownError,
     DeadlineExceededError,
     DeadlockError,
     PoolTimeoutError,
     StatementTimeoutError,
+    field,
 )
 from fastapi_building_blocks.infrastructure import (
     BaseRepository,
@@ -150,15 +152,30 @@ async def test_a_deadline_ends_the_wait_for_sqlites_lock(database_url: str) -> N
     async with opened(database_url) as session, session.transaction() as unit:
         await Accounts(unit).add(account(1))
         started = time.monotonic()
-        with pytest.raises(DeadlineExceededError), deadline(0.2):
+        with pytest.raises(CommitOutcomeUnknownError), deadline(0.2):
             await Accounts(session).add(account(2))  # SQLite's own patience is 5 s
         assert time.monotonic() - started < 0.7
+
+
+@pytest.mark.parametrize("database_url", ["postgres", "mysql"], indirect=True)
+async def test_whether_a_write_that_was_late_is_kept_is_unknown(database_url: str) -> None:
+    """It is, if the server only takes its time; sent once more, it would be done twice."""
+    async with opened(database_url) as session, opened(database_url) as other:
+        await Accounts(session).add(account(1))
+        async with other.transaction() as unit:
+            await Accounts(unit).get_by_id(1, lock="update")
+            with pytest.raises(CommitOutcomeUnknownError) as caught, deadline(0.2):
+                await Accounts(session).update_where({"balance": 5}, field("id") == 1)
+            assert caught.value.retry_after is None
+            with pytest.raises(DeadlineExceededError), deadline(0.2):
+                async with session.transaction() as late:
+                    await Accounts(late).patch(1, {"balance": 5})  # of a unit nothing is kept
 
 
 async def test_observers_are_told_of_the_time_out(session: SQLAlchemySession) -> None:
     seen: list[StatementEvent] = []
     session.observe(seen.append)
-    with pytest.raises(DeadlineExceededError), deadline(0.1):
+    with pytest.raises((StatementTimeoutError, CommitOutcomeUnknownError)), deadline(0.1):
         await Accounts(session).update_where({"balance": 1}, sa.text("0 < (" + slow_expression(session) + ")"))
     assert [type(event.error) for event in seen] == [StatementTimeoutError]
 

@@ -382,13 +382,14 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_exception(RuntimeError("the session was disconnected"))
         while self._idle:
             self.discard(self._idle.pop())
+        lent = set(self._connections)
         is_empty = await self._is_empty_within(patience)
         if self._watch is not None:  # until here it has ended calls that were late
             self._watch.cancel()
             self._watch = None
         if is_empty:
             return 0
-        late = tuple(self._connections)
+        late = lent & self._connections  # without those of whoever has connected anew meanwhile
         for connection in late:
             connection.valid = False
             with suppress(Exception):

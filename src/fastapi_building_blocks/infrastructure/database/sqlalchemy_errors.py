@@ -84,8 +84,8 @@ def outcome_unknown() -> CommitOutcomeUnknownError:
 
 
 def write_unknown() -> CommitOutcomeUnknownError:
-    """Return the error of a single write that was sent, and whose connection broke before the answer."""
-    return CommitOutcomeUnknownError("the connection broke after a write was sent; whether it was kept is unknown")
+    """Return the error of a single write that was sent and not answered: it is a transaction of its own."""
+    return CommitOutcomeUnknownError("a write was sent and not answered; whether it was kept is unknown")
 
 
 def out_of_time() -> StatementTimeoutError:

@@ -49,6 +49,8 @@ _REPLAYS = 5
 _REPLAY_PAUSE = 0.02
 """Seconds before the second of them; each later one waits as much longer."""
 _ROLLBACK_TIMEOUT = 2.0
+_READS = ("SELECT", "VALUES", "SHOW", "EXPLAIN")
+"""How SQL begins that changes nothing, unless it calls a function that does."""
 _LEAVE_TIMEOUT = 2.0
 """Seconds that the end of a stream may take whose consumer has left it early."""
 _CONNECT_WINDOW = 60.0
@@ -433,7 +435,7 @@ class SQLAlchemySession(DatabaseSession):
         except BaseException as error:
             self._pool.mend(connection)
             if connection.ran_out_of_time(error):
-                raise out_of_time() from None
+                raise (write_unknown() if _may_write(statement) else out_of_time()) from None
             raise
         self._pool.release(connection)
         return answer
@@ -461,7 +463,7 @@ class SQLAlchemySession(DatabaseSession):
         except BaseException as error:
             self._pool.mend(connection)
             if connection.ran_out_of_time(error):
-                raise out_of_time() from None
+                raise (write_unknown() if _may_write(statement) else out_of_time()) from None
             raise
         self._pool.release(connection)
         return answer
@@ -754,7 +756,9 @@ def _settle(known: "asyncio.Future[None]") -> None:
 
 
 def _may_write(statement: Any) -> bool:
-    """Whether a single statement may have changed something before its connection was lost."""
+    """Whether a single statement may have changed something before its answer was lost."""
+    if isinstance(statement, sa.TextClause):
+        return not statement.text.lstrip("( \n\t").upper().startswith(_READS)
     return not (getattr(statement, "reads", False) or getattr(statement, "is_select", False))
 
 

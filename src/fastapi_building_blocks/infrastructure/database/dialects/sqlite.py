@@ -114,7 +114,10 @@ class SQLiteDialect(PortableDialect):
             await self.command(connection, "BEGIN IMMEDIATE")
 
     def interrupt(self, connection: PooledConnection) -> bool:
-        connection.driver._conn.interrupt()
+        driver = connection.driver
+        if driver._connection is None:
+            return False  # closed meanwhile
+        driver._connection.interrupt()
         return True
 
     async def commit(self, connection: PooledConnection) -> None:
