@@ -80,6 +80,15 @@ async def test_a_second_sigterm_and_ctrl_c_do_not_wait() -> None:
         signal.signal(signal.SIGINT, ours)
 
 
+async def test_an_application_that_is_served_again_is_ready_again() -> None:
+    app = application(0.1)
+    for _ in range(2):
+        async with serving(app) as url, httpx2.AsyncClient(base_url=url) as client:
+            assert (await client.get("/health/ready")).status_code == 200
+            signal.raise_signal(signal.SIGTERM)
+            await ended(client)
+
+
 async def test_without_seconds_it_does_nothing() -> None:
     async with serving(application(0)) as url, httpx2.AsyncClient(base_url=url) as client:
         await client.get("/health/live")

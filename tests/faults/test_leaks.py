@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,39 @@ def test_a_threshold_is_a_number_of_seconds() -> None:
     assert "leak_threshold" in inspect.signature(SQLAlchemySession).parameters
     with pytest.raises(ValueError, match="greater than 0"):
         SQLAlchemySession("sqlite+aiosqlite://", leak_threshold=0)
+
+
+async def test_p6_what_is_logged_is_nobody_elses(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    request = ContextVar("request", default="")
+
+    class NoteRequest(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            record.of_request = request.get()
+            return True
+
+    async def quick() -> None:
+        request.set("another")
+        await Accounts(session).exists()
+
+    done = asyncio.Event()
+    async with opened(database_url, leak_threshold=THRESHOLD) as session:
+        await until(lambda: session._pool._watch is None)
+        caplog.handler.addFilter(note := NoteRequest())
+        await asyncio.create_task(quick())
+        holder = asyncio.create_task(held_unit(session, done))
+        await until(lambda: warnings_in(caplog))
+        done.set()
+        await holder
+        caplog.handler.removeFilter(note)
+    assert [vars(record)["of_request"] for record in caplog.records if record.name == LOGGER] == [""]
+
+
+async def test_p6_what_was_given_back_is_not_held(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0, leak_threshold=5 * THRESHOLD) as session:
+        caplog.clear()
+        async with session.transaction() as unit:
+            await Accounts(unit).exists()
+        begun = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < begun + 10 * THRESHOLD:  # single calls: nobody holds it for long
+            await Accounts(session).exists()
+        assert warnings_in(caplog) == []

@@ -38,6 +38,7 @@ class DrainMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            self._is_leaving = False  # it may be served again in the same process
             with self._before_the_servers_handler():
                 await self.app(scope, receive, send)
         elif scope["type"] == "http":

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from fastapi_building_blocks.domain import (
     CommitOutcomeUnknownError,
     ConnectionLostError,
     PoolTimeoutError,
+    StatementTimeoutError,
 )
-from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession
+from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession, deadline
 from fastapi_building_blocks.infrastructure.database import connections as pool_module
 from tests.backends import Backends
 from tests.guarantees.ledger import Accounts, account, metadata, opened
@@ -479,3 +481,39 @@ async def test_a_value_that_the_driver_refuses_leaves_no_lock_behind(database_ur
             await session.execute(sa.text("UPDATE accounts SET balance = :much"), {"much": "much"})
         await other.execute(sa.text("ALTER TABLE accounts ADD COLUMN extra INTEGER"))
         assert await Accounts(session).count() == 0
+
+
+async def test_an_old_connection_is_not_lent_after_a_pause(database_url: str) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0, recycle=0.3) as session:
+        await Accounts(session).count()
+        [before] = session._pool._connections
+        await asyncio.sleep(0.4)  # nothing is lent, so nobody looks around
+        await Accounts(session).count()
+        [after] = session._pool._connections
+        assert after is not before
+
+
+async def test_a_database_in_memory_does_not_grow_old() -> None:
+    async with SQLAlchemySession("sqlite+aiosqlite://", recycle=0.1) as session:
+        await session.execute(sa.text("CREATE TABLE kept (id INTEGER PRIMARY KEY)"))
+        await asyncio.sleep(0.25)
+        for _ in range(2):
+            assert (await session.execute(sa.text("SELECT count(*) FROM kept"))).scalar() == 0
+
+
+def test_a_session_ends_late_calls_in_a_second_event_loop_too(postgres_url: str) -> None:
+    session = SQLAlchemySession(postgres_url, statement_timeout=2.0)
+
+    async def refused() -> None:
+        with pytest.raises(RuntimeError, match="not connected"):
+            await session.execute(sa.text("SELECT 1"))
+
+    async def late() -> float:
+        async with session:
+            started = time.monotonic()
+            with pytest.raises(StatementTimeoutError), deadline(0.2):
+                await session.execute(sa.text("SELECT pg_sleep(2)"))
+            return time.monotonic() - started
+
+    asyncio.run(refused())
+    assert asyncio.run(late()) < 0.7

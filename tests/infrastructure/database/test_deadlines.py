@@ -24,6 +24,7 @@ from fastapi_building_blocks.infrastructure import (
     time_left,
 )
 from fastapi_building_blocks.infrastructure.database import connections
+from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
 from tests.guarantees.ledger import Account, Accounts, account, opened
 from tests.server_view import until
 
@@ -213,9 +214,9 @@ async def test_run_does_not_wait_for_another_attempt_beyond_the_deadline(session
 async def test_connections_are_replaced_when_they_are_old(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_LOOK_AGAIN", 0.01)
     async with opened(database_url, pool_size=2, recycle=0.1) as session:
-        first = session._pool._idle[-1]
         async with session.transaction() as unit:
             await Accounts(unit).count()
+            first = unit._connection
             await asyncio.sleep(0.15)
             await Accounts(unit).add(account(1))
         assert await Accounts(session).count() == 1
@@ -241,3 +242,44 @@ async def in_short_units(session: SQLAlchemySession) -> None:
     for _ in range(5):
         async with session.transaction() as unit:
             await Accounts(unit).count()
+
+
+async def test_a_task_that_is_cancelled_in_the_moment_of_its_deadline_is_cancelled(
+    session: SQLAlchemySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session._pool, "interrupt", lambda _: False)
+    cancel_call = PooledConnection.cancel_call
+
+    async def work() -> None:
+        with deadline(0.2):
+            await session.execute(slow(session))
+
+    task = asyncio.create_task(work())
+
+    def cancel_both(connection: PooledConnection) -> None:
+        task.cancel()
+        cancel_call(connection)
+
+    monkeypatch.setattr(PooledConnection, "cancel_call", cancel_both)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: session.pool_status().checked_out == 0)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_write_that_sqlite_interrupts_undoes_the_whole_unit_and_is_still_a_timeout(
+    session: SQLAlchemySession,
+) -> None:
+    # https://www.sqlite.org/c3ref/interrupt.html: the transaction is rolled back, its savepoints with it.
+    many = sa.text(
+        "INSERT INTO accounts (id, number, balance) "
+        "WITH RECURSIVE n(i) AS (SELECT 10 UNION ALL SELECT i + 1 FROM n WHERE i < 30000000) SELECT i, i, 0 FROM n"
+    )
+    with pytest.raises(RuntimeError, match="StatementTimeoutError"):
+        async with session.transaction() as unit:
+            await Accounts(unit).add(account(2))
+            with pytest.raises(StatementTimeoutError), deadline(0.2):
+                async with unit.savepoint():
+                    await unit.execute(many)
+            await Accounts(unit).add(account(3))
+    assert await Accounts(session).count() == 1

@@ -21,6 +21,13 @@ async def session(request: pytest.FixtureRequest, database_url: str) -> AsyncIte
         yield session
 
 
+SLOW = {
+    "postgresql": "SELECT pg_sleep(5)",
+    "mysql": "SELECT SLEEP(5)",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 9000000) SELECT count(*) FROM n",
+}
+
+
 @pytest.fixture
 def events(session: SQLAlchemySession) -> list[StatementEvent]:
     seen: list[StatementEvent] = []
@@ -142,3 +149,22 @@ async def test_a_cancelled_call_and_a_timeout_are_told(
             await task
     [_, cancelled] = [event for event in events if event.name.endswith("insert")]
     assert isinstance(cancelled.error, InterruptedError)
+
+
+async def test_a_cancelled_call_of_the_engine_is_told_and_stays_cancelled(
+    session: SQLAlchemySession, events: list[StatementEvent]
+) -> None:
+    async def work() -> None:
+        async with session.engine.connect() as connection:
+            await connection.execute(sa.text("SELECT 1"))
+            reached.set()
+            await connection.execute(sa.text(SLOW[session.dialect_name]))
+
+    reached = asyncio.Event()
+    task = asyncio.create_task(work())
+    await reached.wait()
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert isinstance(events[-1].error, InterruptedError)

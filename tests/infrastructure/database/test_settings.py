@@ -32,6 +32,9 @@ def test_every_knob_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         "CONNECT_TIMEOUT": "2",
         "CONNECT_ATTEMPTS": "3",
         "STATEMENT_TIMEOUT": "4.5",
+        "RECYCLE": "60",
+        "LEAK_THRESHOLD": "2.5",
+        "SHUTDOWN_TIMEOUT": "3",
         "REPLICA_URLS": "postgresql+asyncpg://a/d, postgresql+asyncpg://b/d,",
         "PGBOUNCER": "true",
     }
@@ -45,6 +48,9 @@ def test_every_knob_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         "connect_timeout": 2.0,
         "connect_attempts": 3,
         "statement_timeout": 4.5,
+        "recycle": 60.0,
+        "leak_threshold": 2.5,
+        "shutdown_timeout": 3.0,
         "replica_urls": ("postgresql+asyncpg://a/d", "postgresql+asyncpg://b/d"),
         "pgbouncer": True,
     }

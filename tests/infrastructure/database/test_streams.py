@@ -1,13 +1,17 @@
 """A stream's connection goes back when its reader ends, closed or not, and a stream is never cut short in silence."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from fastapi_building_blocks.infrastructure import BaseRepository, InMemorySession
+from fastapi_building_blocks.testing import FaultProxy
+from tests.faults.databases import address_of
 from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
 from tests.server_view import until
 
@@ -97,3 +101,35 @@ async def test_whoever_reads_on_is_not_harmed_by_the_end_of_the_first_reader(sto
     await asyncio.sleep(0.05)
     assert [0, *seen] + [one.id async for one in stream] == ROWS
     await until(lambda: session.pool_status().checked_out == 0)
+
+
+@pytest.mark.parametrize("in_a_unit", [False, True], ids=["alone", "unit"])
+@pytest.mark.parametrize("database_url", ["postgres", "mysql", "asyncmy"], indirect=True)
+async def test_p1_whoever_leaves_a_stream_early_does_not_wait_for_a_silent_server(
+    database_url: str, in_a_unit: bool
+) -> None:
+    knobs = {"pool_size": 1, "max_overflow": 0, "shutdown_timeout": 0.1}
+    async with FaultProxy(*address_of(database_url)) as proxy, opened(proxy.url(database_url), **knobs) as session:
+        await Accounts(session).add_many([account(number, owner="x" * 90) for number in range(60_000)])
+
+        async def leave(place: Any) -> None:
+            async with aclosing(Accounts(place).stream()) as stream:
+                async for _ in stream:
+                    proxy.blackhole()
+                    break
+
+        async def work() -> None:
+            if in_a_unit:
+                async with session.transaction() as unit:
+                    await leave(unit)
+                    await unit.rollback()
+            else:
+                await leave(session)
+
+        started = time.monotonic()
+        await asyncio.wait([task := asyncio.create_task(work())], timeout=6)
+        assert task.done()
+        assert time.monotonic() - started < 5
+        proxy.heal()
+        task.exception()
+        await until(lambda: session.pool_status().checked_out == 0)

@@ -856,3 +856,36 @@ async def test_on_postgresql_many_upserts_of_distinct_keys_are_one_statement(dat
         assert await Departures(session).upsert_many([*rows[:10], rows[3]]) == 11
         assert (await session.execute(sa.text("SELECT count(*) FROM counted"))).scalar() == 12
         assert await Departures(session).get_all() == rows
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/New_York"])
+async def test_the_first_and_the_last_instants_are_read_in_whatever_time_zone_the_server_is(
+    postgres_url: str, zone: str
+) -> None:
+    table = sa.Table(
+        f"edges_{zone.rpartition('/')[2].lower()}",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("at", UtcDateTime(), nullable=False),
+    )
+
+    @dataclasses.dataclass
+    class Edge:
+        id: int
+        at: datetime
+
+    class Edges(SQLAlchemyRepository[Edge]):
+        pass
+
+    Edges.table = table
+    # Not the very first and last: asyncpg writes those as infinite.
+    moments = [datetime(1, 1, 1, 0, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 1, tzinfo=UTC)]
+    async with SQLAlchemySession(postgres_url, pool_size=1, max_overflow=0) as session:
+        await session.create_tables(table.metadata)
+        await session.execute(sa.text(f"SET TIME ZONE '{zone}'"))
+        edges = Edges(session)
+        await edges.add_many([Edge(number, moment) for number, moment in enumerate(moments)])
+        assert [(await edges.get(number)).at for number in range(2)] == moments
+        await session.execute(sa.text(f"UPDATE {table.name} SET at = '10000-01-02 12:00+00'"))
+        with pytest.raises(BuildingBlocksError, match="1 to 9999"):
+            await edges.get(0)

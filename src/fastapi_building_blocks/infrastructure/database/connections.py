@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -111,7 +111,9 @@ class PooledConnection(PoolProxiedConnection):
             if end <= now:
                 raise deadline_passed()
             until = end
-        self._caller = asyncio.current_task()
+        self._caller = caller = asyncio.current_task()
+        # Asked here: whoever cancels the task during the call wants it to end, though the call may end first.
+        self._cancelling = 0 if caller is None else caller.cancelling()
         self.is_late = self._is_cancelled = False
         self.until = until
 
@@ -120,7 +122,6 @@ class PooledConnection(PoolProxiedConnection):
         self.until = _NEVER
         if self._caller is not None:
             self.is_late = self._is_cancelled = True
-            self._cancelling = self._caller.cancelling()
             self._caller.cancel()
 
     def ran_out_of_time(self, error: BaseException) -> bool:
@@ -208,6 +209,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._nobodys = Context()  # of the look around, which logs about others than who has set it off
         self._least_idle = 0
 
     # Borrowing
@@ -216,7 +218,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         """Return an idle connection, the one used last, or None: then ``acquire``."""
         idle = self._idle
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look)
+            self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look, context=self._nobodys)
+            self._retire()  # nobody has looked while all were idle
         while idle:
             connection = idle.pop()
             if not self.is_dead(connection.driver):
@@ -343,14 +346,21 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                     connection.lent[1],
                 )
                 connection.lent = None
+        self._retire()
+        lends = self._open > len(self._idle)
+        again = asyncio.get_running_loop().call_later
+        self._watch = again(_LOOK_AGAIN, self._look, context=self._nobodys) if lends else None
+
+    def _retire(self) -> None:
+        """Close the connections that are old, and those that are lent on their return."""
+        now = time.monotonic()
+        for connection in tuple(self._connections):
             if connection.old_at <= now:
                 connection.old_at = _NEVER
-                connection.epoch = -1  # closed on its return
+                connection.epoch = -1
                 if connection in self._idle:
                     self._idle.remove(connection)
                     self.discard(connection)
-        lends = self._open > len(self._idle)
-        self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look) if lends else None
 
     def _in_background(self, work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
         """Run what is finished even if nobody waits for it; ``drain`` does."""
@@ -405,15 +415,22 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def reopen(self) -> None:
         """Lend connections, until ``drain``."""
+        self._begin_anew()
         self._end_reservation()
-        self._closed = False
 
     def reserve(self, refusal: Callable[[], Exception]) -> None:
         """Lend connections to those who ``enter`` only, until ``reopen``; others are raised what ``refusal`` makes."""
-        self._closed = False
+        self._begin_anew()
         self._reserved, self._refusal = object(), refusal
         # Idle connections are reserved as well. Said here, since the way of every statement has no time to ask.
         self.take = self._take_reserved  # type: ignore[method-assign]
+
+    def _begin_anew(self) -> None:
+        if self._closed and self._watch is not None:
+            # Of a call that was refused, in an event loop that may be no more: nothing would look around in this one.
+            self._watch.cancel()
+            self._watch = None
+        self._closed = False
 
     def enter(self) -> None:
         """Have this task, and those that it starts from here on, lent what is reserved now."""

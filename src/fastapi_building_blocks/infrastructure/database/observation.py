@@ -78,7 +78,9 @@ class Observation:
 
     def _failure(self, connection: Any, error: BaseException, statement: Any = None) -> Exception:
         if not isinstance(error, Exception):
-            return out_of_time() if connection.is_late else InterruptedError("the call was cancelled")
+            # On session.engine it is SQLAlchemy's own, whose calls the session does not end.
+            is_late = getattr(connection, "is_late", False)
+            return out_of_time() if is_late else InterruptedError("the call was cancelled")
         return translate(error, self._dialect, statement)
 
     # The driver's path

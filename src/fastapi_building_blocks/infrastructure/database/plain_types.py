@@ -123,8 +123,22 @@ def moment_from_iso(value: str | None) -> datetime | None:
     """Return the instant in UTC that PostgreSQL has written as text, in whatever time zone."""
     try:
         return None if value is None else utc_from_aware(datetime.fromisoformat(value))
-    except ValueError:
-        return moment_from_unusual(value or "").replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        text = value or ""
+        return _moment_at_an_edge(text) or moment_from_unusual(text).replace(tzinfo=UTC)
+
+
+_EDGES = (("10000-01-01", "2000-01-01", 1999, 9999), ("0001-12-31", "2000-12-31", 2001, 1))
+
+
+def _moment_at_an_edge(text: str) -> datetime | None:
+    """Return the instant of the year 9999 or 1 that is of another year in the server's time zone."""
+    for shown, shifted, year, meant in _EDGES:
+        if text.startswith(shown) and text.endswith(" BC") is (meant == 1):
+            moment = datetime.fromisoformat(shifted + text[len(shown) :].removesuffix(" BC")).astimezone(UTC)
+            if moment.year == year:
+                return moment.replace(year=meant)
+    return None
 
 
 def wall_clock_from_iso(value: str | None) -> datetime | None:
@@ -215,7 +229,7 @@ INLINED: dict[Any, tuple[str, ...]] = {
         "try:",
         " {v} = read_iso({v})",
         " if {v}.tzinfo is not UTC: {v} = utc_from_aware({v})",
-        "except ValueError: {v} = moment_from_iso({v})",
+        "except (ValueError, OverflowError): {v} = moment_from_iso({v})",
     ),
     wall_clock_from_iso: ("try: {v} = read_iso({v})", "except ValueError: {v} = wall_clock_from_iso({v})"),
     utc_from_text: ('{v} = read_iso({v} + "+00:00")',),

@@ -273,8 +273,15 @@ class TransactionBackend(ABC):
         """
         time_left()
 
+    def start_last_clock(self) -> None:  # noqa: B027
+        """Begin the end of a stream that its consumer has left, which has a time of its own."""
+
     def stop_clock(self) -> None:  # noqa: B027 - a store whose calls cannot hang has no clock
         """End the call."""
+
+    def has_ended(self) -> bool:
+        """Whether the store has ended the transaction by itself, with all of its savepoints."""
+        return False
 
     def ran_out_of_time(self, error: BaseException) -> DeadlineExceededError | None:
         """Return what to raise if the call was cancelled because its time was over; None: it was not."""

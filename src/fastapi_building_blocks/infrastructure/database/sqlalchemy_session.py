@@ -49,6 +49,8 @@ _REPLAYS = 5
 _REPLAY_PAUSE = 0.02
 """Seconds before the second of them; each later one waits as much longer."""
 _ROLLBACK_TIMEOUT = 2.0
+_LEAVE_TIMEOUT = 2.0
+"""Seconds that the end of a stream may take whose consumer has left it early."""
 _CONNECT_WINDOW = 60.0
 _CONNECT_FIRST_DELAY = 0.2
 _CONNECT_LONGEST_DELAY = 5.0
@@ -174,7 +176,8 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.is_abandoned = self.dialect.is_abandoned
         self._pool.end_abandoned = self.dialect.end_abandoned
         self._pool.connect_timeout = connect_timeout
-        self._pool.recycle = math.inf if recycle is None else recycle
+        # In memory, the connection is the database.
+        self._pool.recycle = math.inf if recycle is None or self.dialect.in_memory else recycle
         self._pool.leak_threshold = math.inf if leak_threshold is None else leak_threshold
         self._patience = self.dialect.patience
         self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
@@ -463,11 +466,13 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.release(connection)
         return answer
 
-    async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
+    async def iterate(  # noqa: C901 - one loop, with an end for each way out of it
+        self, operation: Iteration, statement: Any, arguments: Any
+    ) -> AsyncGenerator[Any, None]:
         replays = _REPLAYS
         while True:
             connection = self._pool.take() or await self._acquire()
-            begun = False
+            begun = left = False
             self._pool.note_holder(connection)
             try:
                 connection.start_clock(self._patience)
@@ -475,7 +480,12 @@ class SQLAlchemySession(DatabaseSession):
                     async for batch in batches:
                         begun = True
                         connection.until = math.inf  # the consumer's time is its own
-                        yield batch
+                        try:
+                            yield batch
+                        except GeneratorExit:
+                            left = True  # the operation closes its cursor, which may mean to read what is left
+                            connection.start_clock(_LEAVE_TIMEOUT, heeds_deadline=False)
+                            raise
                         connection.start_clock(self._patience)
             except GeneratorExit:
                 connection.intact = False  # the consumer left early; the operation has closed its cursor
@@ -483,6 +493,8 @@ class SQLAlchemySession(DatabaseSession):
                 raise
             except Exception as error:
                 failure = self._give_back_after(connection, error, statement)
+                if left:
+                    return  # the consumer has what it wanted
                 if replays and not begun and self._may_replay(failure, error, statement):
                     await asyncio.sleep(_REPLAY_PAUSE * (_REPLAYS - replays))
                     replays = 0 if isinstance(failure, ConnectionLostError) else replays - 1
@@ -493,6 +505,8 @@ class SQLAlchemySession(DatabaseSession):
             except BaseException as error:
                 self._pool.mend(connection)
                 if connection.ran_out_of_time(error):
+                    if left:
+                        return
                     raise out_of_time() from None
                 raise
             self._pool.release(connection)
@@ -632,6 +646,12 @@ class _SQLAlchemyTransaction(TransactionBackend):
     def start_clock(self) -> None:
         self._connection.start_clock(self._dialect.patience)
 
+    def start_last_clock(self) -> None:
+        self._connection.start_clock(_LEAVE_TIMEOUT, heeds_deadline=False)
+
+    def has_ended(self) -> bool:
+        return self._dialect.transactional_ddl and not self._dialect.in_transaction(self._connection)
+
     def stop_clock(self) -> None:
         self._connection.until = math.inf
 
@@ -639,7 +659,7 @@ class _SQLAlchemyTransaction(TransactionBackend):
         return out_of_time() if self._connection.ran_out_of_time(error) else None
 
     async def commit(self) -> None:
-        if self._dialect.transactional_ddl and not self._dialect.in_transaction(self._connection):
+        if self.has_ended():
             self._pool.mend(self._connection)
             raise RuntimeError("a COMMIT or ROLLBACK of its own ended the transaction before the unit of work did")
         try:

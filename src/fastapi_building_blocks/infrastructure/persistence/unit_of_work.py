@@ -193,22 +193,36 @@ class UnitOfWork(Transaction):
         self._settle()
         return answer
 
-    async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
+    def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
         if self._outer is not None:
-            self._check_open()
-            async with aclosing(self._outer.iterate(operation, statement, arguments)) as outer:
-                async for item in outer:
-                    yield item
-            return
+            return self._iterate_on(self._outer, operation, statement, arguments)
+        return self._iterate(operation, statement, arguments)
+
+    async def _iterate_on(
+        self, outer: Transaction, operation: Iteration, statement: Any, arguments: Any
+    ) -> AsyncGenerator[Any, None]:
+        self._check_open()
+        async with aclosing(outer.iterate(operation, statement, arguments)) as items:
+            async for item in items:
+                yield item
+
+    async def _iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
         if self._state is not _State.READY:
             await self._begin()
         self._state = _State.BUSY
+        left = False
         try:
             self._backend.start_clock()
             async with aclosing(operation(self._connection, statement, arguments)) as items:
                 async for item in items:
                     self._backend.stop_clock()  # the consumer's time is its own
-                    yield item
+                    try:
+                        yield item
+                    except GeneratorExit:
+                        left = True  # the operation closes its cursor, which may mean to read what is left
+                        if self._state is _State.BUSY:
+                            self._backend.start_last_clock()
+                        raise
                     if self._state is not _State.BUSY:
                         raise self._refusal()  # the unit has ended meanwhile: its connection is somebody else's
                     self._backend.start_clock()
@@ -217,6 +231,8 @@ class UnitOfWork(Transaction):
             raise
         except BaseException as error:
             failure = self._failed(error, statement)
+            if left and isinstance(failure, Exception):
+                return  # the consumer has what it wanted; what the unit does next is told
             if failure is error:
                 raise
             raise failure from (failure.__cause__ or error)
@@ -270,6 +286,8 @@ class UnitOfWork(Transaction):
             if not isinstance(failure, TransientError):
                 self._connection = None
                 self._backend.abandon()
+        elif self._backend.has_ended():
+            self._whole_unit_failed = True  # as SQLite ends it where a write is interrupted, or the disk is full
         return failure
 
     def _check_open(self) -> None:
