@@ -1,6 +1,7 @@
 """P1: the server stands still (SIGSTOP), and every call ends all the same."""
 
 import asyncio
+import itertools
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,7 +21,7 @@ from fastapi_building_blocks.infrastructure import SQLAlchemySession, UnitOfWork
 from fastapi_building_blocks.testing import DatabaseServer, assert_connections_sound
 from tests.api.serving import serving
 from tests.faults.breaking import Database, Ending, Lag, ending_of, loop_lag
-from tests.guarantees.ledger import Accounts, account, opened
+from tests.guarantees.ledger import Account, Accounts, account, opened
 from tests.server_view import kill_connections, until
 
 GRACE = 0.5
@@ -64,6 +65,14 @@ class Freeze:
         return Ending(time.monotonic() - self._at, ending.answer, ending.error)
 
 
+_numbers = itertools.count(10_000)
+
+
+def fresh() -> Account:
+    """Return an account that nobody has tried to add: what a frozen server has in hand may be done after the thaw."""
+    return account(next(_numbers))
+
+
 Call = Callable[[SQLAlchemySession, Freeze], Awaitable[Any]]
 
 
@@ -84,19 +93,19 @@ async def streamed(session: SQLAlchemySession) -> int:
 
 async def unit_of_work(session: SQLAlchemySession) -> None:
     async with session.transaction() as unit:
-        await Accounts(unit).add(account(10_000))
+        await Accounts(unit).add(fresh())
 
 
 async def replayed_unit(session: SQLAlchemySession) -> None:
-    await session.run(lambda unit: Accounts(unit).add(account(10_001)))
+    await session.run(lambda unit: Accounts(unit).add(fresh()))
 
 
 @asynccontextmanager
-async def begun_unit(session: SQLAlchemySession, number: int) -> AsyncIterator[UnitOfWork]:
+async def begun_unit(session: SQLAlchemySession) -> AsyncIterator[UnitOfWork]:
     """Yield a unit of work with one row added; the block ends it."""
     unit = session.transaction()
     await unit.__aenter__()
-    await Accounts(unit).add(account(number))
+    await Accounts(unit).add(fresh())
     try:
         yield unit
     except BaseException as error:
@@ -105,21 +114,21 @@ async def begun_unit(session: SQLAlchemySession, number: int) -> AsyncIterator[U
 
 
 async def statement_in_a_unit(session: SQLAlchemySession, freeze: Freeze) -> None:
-    async with begun_unit(session, 10_002) as unit:
+    async with begun_unit(session) as unit:
         await freeze.begun()
         with freeze.bound():
-            await Accounts(unit).add(account(10_003))
+            await Accounts(unit).add(fresh())
 
 
 async def commit(session: SQLAlchemySession, freeze: Freeze) -> None:
-    async with begun_unit(session, 10_004) as unit:
+    async with begun_unit(session) as unit:
         await freeze.begun()
         with freeze.bound():
             await unit.__aexit__(None, None, None)
 
 
 async def rollback(session: SQLAlchemySession, freeze: Freeze) -> None:
-    async with begun_unit(session, 10_005) as unit:
+    async with begun_unit(session) as unit:
         await freeze.begun()
         with freeze.bound():
             await unit.rollback()
@@ -127,11 +136,11 @@ async def rollback(session: SQLAlchemySession, freeze: Freeze) -> None:
 
 
 async def savepoint(session: SQLAlchemySession, freeze: Freeze) -> None:
-    async with begun_unit(session, 10_006) as unit:
+    async with begun_unit(session) as unit:
         await freeze.begun()
         with freeze.bound():
             async with unit.savepoint():
-                await Accounts(unit).add(account(10_007))
+                await Accounts(unit).add(fresh())
 
 
 async def stream_midway(session: SQLAlchemySession, freeze: Freeze) -> int:
@@ -154,11 +163,11 @@ BEGUN_FROZEN: dict[str, Call] = {
     "get_many": whole(lambda session: Accounts(session).get_many([3, 4])),
     "page": whole(lambda session: Accounts(session).paginate(PageRequest(limit=5), sort="id")),
     "count": whole(lambda session: Accounts(session).count()),
-    "add": whole(lambda session: Accounts(session).add(account(10_008))),
+    "add": whole(lambda session: Accounts(session).add(fresh())),
     "update": whole(lambda session: Accounts(session).update(account(3, 3))),
     "upsert": whole(lambda session: Accounts(session).upsert(account(4, 4))),
     "delete": whole(lambda session: Accounts(session).delete(5)),
-    "add_many": whole(lambda session: Accounts(session).add_many([account(20_000 + n) for n in range(200)])),
+    "add_many": whole(lambda session: Accounts(session).add_many([fresh() for _ in range(200)])),
     "stream": whole(streamed),
     "unit of work": whole(unit_of_work),
     "run": whole(replayed_unit),

@@ -158,7 +158,12 @@ class DatabaseServer(ABC):
 
     def freeze(self) -> None:
         """Stop every process of it from running (SIGSTOP): its connections stay open, and nothing answers."""
-        self._hold(*self._freeze_all())
+        pids = self._freeze_all()
+        self._hold(*pids)
+        give_up = time.monotonic() + _STOP_SECONDS
+        # A thread that runs on another processor goes on for some milliseconds, and may answer.
+        while not all(map(_stands_still, pids)) and time.monotonic() < give_up:
+            time.sleep(_LOOK_AGAIN / 10)
 
     def thaw(self) -> None:
         """Let a frozen server run on; one that is not frozen just runs."""
@@ -513,6 +518,16 @@ def _tree(root: int) -> list[int]:
     for pid in tree:
         tree.extend(children.get(pid, ()))
     return tree
+
+
+def _stands_still(pid: int) -> bool:
+    """Whether no thread of the process runs: all are stopped, or it is gone."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return all(
+            (task / "stat").read_text().rpartition(")")[2].split()[0] in "TZX"
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        )
+    return True
 
 
 def _lives(pid: int) -> bool:

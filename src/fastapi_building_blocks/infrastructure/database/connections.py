@@ -304,8 +304,12 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._in_background(self._close(connection))
 
     def give_up(self, borrowed: PoolProxiedConnection, cause: BaseException) -> None:
-        """Close what SQLAlchemy has borrowed, in the background: whoever is cancelled again cannot wait for that."""
-        self._in_background(greenlet_spawn(borrowed.invalidate, cause))
+        """Close what SQLAlchemy has borrowed, as soon as the greenlet of the one who did is left.
+
+        Outside of it the driver drops the connection at once. Within, a caller that is cancelled again would leave it
+        half closed, and its place taken.
+        """
+        asyncio.get_running_loop().call_soon(borrowed.invalidate, cause)
 
     def mend(self, connection: PooledConnection) -> None:
         """Take back a connection whose call was interrupted; it is lent again only once it is known to be sound."""
