@@ -107,7 +107,6 @@ async def serve(app: FastAPI, session: SQLAlchemySession) -> None:
         await server.serve()
     finally:
         await session.disconnect()
-    await asyncio.sleep(0)  # where Ctrl-C, which uvicorn raises once more when it has ended, takes effect
     if failures:
         raise failures[0]
 

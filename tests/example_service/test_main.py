@@ -139,7 +139,10 @@ def test_a_refused_migration_is_said_without_its_sql(tmp_path: Path):
 
 def test_ctrl_c_ends_it_without_a_stack(sqlite_url: str, tmp_path: Path):
     port, log = free_port(), tmp_path / "log"
+    # A shell's background job ignores SIGINT, and so would what it starts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     with running_service(sqlite_url, port, log) as process:
+        signal.signal(signal.SIGINT, handler)
         process.send_signal(signal.SIGINT)
         assert process.wait(15) == 130
     assert "Traceback" not in log.read_text()

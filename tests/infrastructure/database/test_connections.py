@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -517,3 +518,17 @@ def test_a_session_ends_late_calls_in_a_second_event_loop_too(postgres_url: str)
 
     asyncio.run(refused())
     assert asyncio.run(late()) < 0.7
+
+
+@pytest.mark.parametrize("database_url", ["mysql", "asyncmy"], indirect=True)
+async def test_a_users_connection_that_dies_is_returned_even_if_it_cannot_be_reset(database_url: str) -> None:
+    """SQLAlchemy sets the isolation level back by a statement, and takes the connection for returned if that fails."""
+    async with opened(database_url, pool_size=2, max_overflow=0, pool_timeout=1.0) as session:
+        for _ in range(3):
+            with suppress(Exception):  # whatever the driver has for it
+                async with session.engine.connect() as connection:
+                    await connection.execute(sa.text("SELECT 1"))
+                    await connection.rollback()
+                    await asyncio.to_thread(kill_connections, database_url)
+        await until(lambda: session.pool_status().checked_out == 0)
+        assert await Accounts(session).count() == 0

@@ -172,6 +172,15 @@ async def test_whether_a_write_that_was_late_is_kept_is_unknown(database_url: st
                     await Accounts(late).patch(1, {"balance": 5})  # of a unit nothing is kept
 
 
+@pytest.mark.parametrize("portable", [False, True])
+async def test_the_statement_timeout_is_for_each_statement_of_a_bulk_write(database_url: str, portable: bool) -> None:
+    async with opened(database_url, portable=portable, statement_timeout=0.3) as session:
+        rows = [account(number) for number in range(3000)]
+        assert await Accounts(session).add_many(rows) == 3000
+        assert await Accounts(session).update_many(account(number, 1) for number in range(3000)) == 3000
+        assert await Accounts(session).upsert_many([*rows, *rows[:10]]) == 3010
+
+
 async def test_observers_are_told_of_the_time_out(session: SQLAlchemySession) -> None:
     seen: list[StatementEvent] = []
     session.observe(seen.append)

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import greenlet
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection
+from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_, greenlet_spawn
 
 from fastapi_building_blocks.domain.errors import PoolTimeoutError
@@ -64,6 +65,7 @@ class PooledConnection(PoolProxiedConnection):
         "_caller",
         "_cancelling",
         "_is_cancelled",
+        "_patience",
         "_record",
         "dbapi_connection",
         "driver",
@@ -97,6 +99,7 @@ class PooledConnection(PoolProxiedConnection):
         self._caller: asyncio.Task[Any] | None = None
         self._is_cancelled = False
         self._cancelling = 0
+        self._patience = _NEVER
 
     def start_clock(self, patience: float, *, heeds_deadline: bool = True) -> None:
         """Give the call that follows so many seconds, or what the deadline around it leaves.
@@ -115,7 +118,17 @@ class PooledConnection(PoolProxiedConnection):
         # Asked here: whoever cancels the task during the call wants it to end, though the call may end first.
         self._cancelling = 0 if caller is None else caller.cancelling()
         self.is_late = self._is_cancelled = False
+        self._patience = patience
         self.until = until
+
+    def next_statement(self) -> None:
+        """Begin the time of a call anew, for another of the statements that it is made of.
+
+        Raises:
+            DeadlineExceededError: the deadline around the call has passed.
+        """
+        if self.until < _NEVER:
+            self.start_clock(self._patience)
 
     def cancel_call(self) -> None:
         """Cancel the task that waits for the call."""
@@ -586,6 +599,17 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     # SQLAlchemy's side: always called within a greenlet
 
+    def _create_connection(self) -> ConnectionPoolEntry:
+        return _PoolEntry(self)
+
+    def take_back(self, record: ConnectionPoolEntry) -> None:
+        """Close a connection that could not be returned, as soon as the greenlet of the one who tried is left."""
+        asyncio.get_running_loop().call_soon(self._take_back, record)
+
+    def _take_back(self, record: ConnectionPoolEntry) -> None:
+        record.invalidate()
+        self._do_return_conn(record)
+
     def _do_get(self) -> ConnectionPoolEntry:
         connection = self.take() or await_(self.acquire())
         self.note_holder(connection)
@@ -643,6 +667,24 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def status(self) -> str:
         return f"{self.checkedout()} lent, {self.checkedin()} idle, {self.waiting()} waiting, at most {self.limit}"
+
+
+class _PoolEntry(_ConnectionRecord):
+    """SQLAlchemy's record of a connection, which is returned even if what has to be done before fails.
+
+    ``session.engine`` sets the isolation level back by a statement, on some drivers. If that is cancelled, SQLAlchemy
+    takes the connection for returned, and the pool would not know of it.
+    """
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        is_out = self.fairy_ref is not None or not _fairy_was_created
+        pool: Any = self._ConnectionRecord__pool  # type: ignore[attr-defined]
+        try:
+            super().checkin(_fairy_was_created)
+        except BaseException:
+            if is_out:
+                pool.take_back(self)
+            raise
 
 
 _LIBRARIES = ("fastapi_building_blocks", "sqlalchemy", "contextlib", "asyncio")

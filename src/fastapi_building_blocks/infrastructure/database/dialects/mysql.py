@@ -356,6 +356,7 @@ class AiomysqlDialect(MySQLDialect):
     async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
         touched = 0
         for row in rows:
+            connection.next_statement()
             touched += await self.execute(connection, statement, row)
         return touched
 
@@ -373,6 +374,7 @@ class AiomysqlDialect(MySQLDialect):
             size += len(piece)
             if size > _LONGEST_STATEMENT and pieces:
                 await driver.query(f"{head}{','.join(pieces)}{tail}")
+                connection.next_statement()
                 pieces, size = [], len(piece)
             pieces.append(piece)
         await driver.query(f"{head}{','.join(pieces)}{tail}")

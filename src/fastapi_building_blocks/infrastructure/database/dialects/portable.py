@@ -185,6 +185,7 @@ class PortableDialect:
     def _run_many(self, connection: PooledConnection, sql: str, rows: Sequence[Row]) -> int:
         touched = 0
         for row in rows:
+            connection.next_statement()
             touched += self._run(connection, sql, row, _row_count)
         return touched
 

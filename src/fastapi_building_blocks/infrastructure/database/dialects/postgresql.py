@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -69,6 +69,8 @@ _REFUSALS = {
     "57P03": "the server is starting up or shutting down",
 }
 _NEEDS_PGBOUNCER = "PgBouncer takes no such start-up parameter: set pgbouncer=True, or DATABASE_PGBOUNCER=true"
+_PIPELINE = 1_000
+"""Statements that are sent without waiting for the answer to each."""
 _BATCH = 5_000
 """Rows of a bulk INSERT that are in memory at once, where COPY cannot take them."""
 
@@ -238,6 +240,13 @@ def _are_distinct(statement: Any, rows: Sequence[Row]) -> bool:
     return len({tuple([row[place] for place in places]) for row in rows}) == len(rows)
 
 
+def _parts(connection: PooledConnection, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Cut rows into what goes through the pipeline at once; the time of a statement is not meant for all of them."""
+    for start in range(0, len(rows), _PIPELINE):
+        connection.next_statement()
+        yield rows[start : start + _PIPELINE]
+
+
 def _bound_by_sql(column: sa.Column[Any]) -> bool:
     """Whether a value goes through an SQL function on its way into the column, which COPY cannot call."""
     kind: Any = column.type
@@ -275,7 +284,10 @@ class AsyncpgDialect(PostgreSQLDialect):
 
     async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
         # The statement has RETURNING: asyncpg pipelines it for all rows, and what comes back is what was touched.
-        return len(await connection.driver.fetchmany(statement.sql, rows))
+        touched = 0
+        for part in _parts(connection, rows):
+            touched += len(await connection.driver.fetchmany(statement.sql, part))
+        return touched
 
     async def upsert_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
         # Arrays cost a quarter less, but one statement may meet a row once only: of two with one key the later wins.
@@ -283,7 +295,8 @@ class AsyncpgDialect(PostgreSQLDialect):
         if sql is not None and _are_distinct(statement, rows):
             await connection.driver.execute(sql, *zip(*rows, strict=True))
         else:
-            await connection.driver.executemany(statement.sql, rows)
+            for part in _parts(connection, rows):
+                await connection.driver.executemany(statement.sql, part)
         return len(rows)
 
     async def insert_many(self, connection: PooledConnection, statement: Any, rows: Any) -> int:
@@ -298,7 +311,8 @@ class AsyncpgDialect(PostgreSQLDialect):
 
     async def _insert_one_by_one(self, connection: PooledConnection, sql: str, rows: Any) -> int:
         if isinstance(rows, list):
-            await connection.driver.executemany(sql, rows)
+            for part in _parts(connection, rows):
+                await connection.driver.executemany(sql, part)
             return len(rows)
         batch: list[Row] = []
         count = 0
