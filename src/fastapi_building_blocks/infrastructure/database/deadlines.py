@@ -1,5 +1,6 @@
 """How much time a piece of work has left: one deadline for all of its calls, which shrinks as it is spent."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,13 +47,16 @@ def time_left() -> float | None:
     Raises:
         DeadlineExceededError: there is none left.
     """
-    end = current_deadline.get()
-    if end is None:
-        return None
-    left = end - time.monotonic()
+    left = seconds_left()
     if left <= 0:
         raise deadline_passed()
-    return left
+    return None if left == math.inf else left
+
+
+def seconds_left() -> float:
+    """Return what the deadline around this call leaves, less than 0 when it has passed; infinite without one."""
+    end = current_deadline.get()
+    return math.inf if end is None else end - time.monotonic()
 
 
 def deadline_passed() -> DeadlineExceededError:

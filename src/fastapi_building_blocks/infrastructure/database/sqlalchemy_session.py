@@ -26,7 +26,7 @@ from fastapi_building_blocks.domain.errors import (
 )
 
 from .connections import ConnectionPool, PooledConnection, not_connected
-from .deadlines import deadline
+from .deadlines import deadline, seconds_left
 from .dialects import PortableDialect, Timeouts, dialect_for
 from .observation import Observation, Observer
 from .plain_types import adapt_dialect
@@ -49,6 +49,8 @@ _REPLAYS = 5
 _REPLAY_PAUSE = 0.02
 """Seconds before the second of them; each later one waits as much longer."""
 _ROLLBACK_TIMEOUT = 2.0
+_LATE_ROLLBACK_TIMEOUT = 0.3
+"""Seconds for a ROLLBACK when the deadline has passed; after that the connection is mended in the background."""
 _READS = ("SELECT", "VALUES", "SHOW", "EXPLAIN")
 """How SQL begins that changes nothing, unless it calls a function that does."""
 _LEAVE_TIMEOUT = 2.0
@@ -681,7 +683,8 @@ class _SQLAlchemyTransaction(TransactionBackend):
 
     async def rollback(self) -> None:
         try:
-            self._connection.start_clock(_ROLLBACK_TIMEOUT, heeds_deadline=False)
+            patience = min(_ROLLBACK_TIMEOUT, max(seconds_left(), _LATE_ROLLBACK_TIMEOUT))
+            self._connection.start_clock(patience, heeds_deadline=False)
             await self._dialect.rollback(self._connection)
         except BaseException as error:
             self._pool.mend(self._connection)
