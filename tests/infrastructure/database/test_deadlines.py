@@ -1,7 +1,6 @@
 """Deadlines: of a statement, and of a piece of work with all of its calls; what a late call leaves behind."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -256,18 +255,6 @@ async def test_a_session_that_rests_has_no_timer(session: SQLAlchemySession) -> 
     await until(lambda: session._pool._watch is None)
     await Accounts(session).count()
     assert session._pool._watch is not None
-
-
-async def test_short_work_is_no_leak(session: SQLAlchemySession, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        await in_short_units(session)
-    assert not caplog.records
-
-
-async def in_short_units(session: SQLAlchemySession) -> None:
-    for _ in range(5):
-        async with session.transaction() as unit:
-            await Accounts(unit).count()
 
 
 async def test_a_task_that_is_cancelled_in_the_moment_of_its_deadline_is_cancelled(
