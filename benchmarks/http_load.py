@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from .accounts import PAGE_SIZE, STATUSES, Account, account, table
 from .databases import CONTESTANTS, Housekeeping, private_database
 from .http_apps import HTTP_CONTESTANTS, AccountOut, HttpContestant
+from .measure import on_one_core, pin
 from .operations import WrongAnswerError
 
 CONNECTIONS = 32
@@ -46,6 +47,7 @@ class Server:
             self.port: int = listening.getsockname()[1]
             command = [sys.executable, "-m", "benchmarks.http_apps", name, url, str(listening.fileno())]
             self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[listening.fileno()])
+        pin(1, self._process.pid)
 
     def cpu(self) -> float:
         """Return the seconds of CPU that the process has used, or 0 where the system does not tell."""
@@ -229,6 +231,7 @@ async def run_http(
     for name, url in database_urls.items():
         await _fill(name, url, rows)
         with ExitStack() as stack:
+            stack.enter_context(on_one_core())  # the load; the servers have the other one
             servers = [stack.enter_context(running(contestant, url)) for contestant in contestants]
             measure = partial(_measure, rounds=rounds, say=say, rows=rows, seconds=seconds, pages=pages)
             results[name] = await asyncio.to_thread(measure, name, servers)

@@ -1,11 +1,12 @@
 """The measuring itself: in each round every contestant once, in random order, in one process."""
 
 import gc
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from .contestants import Contestant
@@ -15,6 +16,28 @@ from .operations import Operation, WrongAnswerError
 Log = Callable[[str], None]
 
 LONG_ROUNDS = 3
+_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def pin(place: int, process: int = 0) -> None:
+    """Keep a process, with the threads that it starts from here on, on one core, where the system can do that.
+
+    Whether the kernel puts a thread on the core of the one that waits for it makes a call to SQLite twice as long or
+    not, which has nothing to do with who makes the call.
+    """
+    if _CORES:
+        os.sched_setaffinity(process, {_CORES[place % len(_CORES)]})
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Have what is measured in this process on one core."""
+    pin(0)
+    try:
+        yield
+    finally:
+        if _CORES:
+            os.sched_setaffinity(0, _CORES)
 
 
 @dataclass
@@ -60,6 +83,7 @@ async def measure_database(
         url = await stack.enter_async_context(private_database(name))
         if url is None:
             return None
+        stack.enter_context(on_one_core())
         house = Housekeeping(name, url, rows)
         await house.setup()
         stack.push_async_callback(house.teardown)

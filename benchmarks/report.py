@@ -227,7 +227,7 @@ other core. One row is `GET /accounts/{id}`, 100 rows a filtered and sorted page
 constants: what is left where a database costs nothing."""
 
 _ABOUT = """\
-Everything runs in one process, interleaved: in each round every contestant once, in random order. Times are medians over
+Everything runs in one process on one core, interleaved: in each round every contestant once, in random order. Times are medians over
 the rounds, ratios are medians of the ratios within each round. Before anything is timed, the answers of every contestant
 are compared with what is stored, types included.
 
