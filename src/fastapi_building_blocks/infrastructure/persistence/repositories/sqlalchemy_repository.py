@@ -468,15 +468,18 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         if self._sql.dialect.streams_inserts:
             return await self._add_streamed(entities)
 
-        def prepare(entity: T) -> tuple[Values, frozenset[int]]:
-            row = self._new_row(self._dump(entity))
-            return row.values, row.omitted
+        statements: dict[frozenset[int], Statement] = {}
 
-        async def write(unit: DatabaseSession, rows: list[tuple[Values, frozenset[int]]]) -> None:
-            for omitted, group in _grouped(rows):
-                statement = self._sql.insert(omitted, False)
-                bound = [statement.bind(values) for values in group]
-                await unit.perform(self._sql.dialect.insert_many, statement, bound)
+        def prepare(entity: T) -> tuple[Any, Statement]:
+            values, omitted, _ = self._new_row(self._dump(entity))
+            statement = statements.get(omitted)
+            if statement is None:
+                statement = statements[omitted] = self._sql.insert(omitted, False)
+            return statement.bind(values), statement  # bound here, the values of a batch need not be kept
+
+        async def write(unit: DatabaseSession, rows: list[tuple[Any, Statement]]) -> None:
+            for statement, group in _grouped(rows):
+                await unit.perform(self._sql.dialect.insert_many, statement, group)
 
         return await self._in_batches(entities, prepare, write)
 

@@ -199,13 +199,17 @@ class TableStatements(Generic[T]):
 
     def insert(self, omitted: frozenset[int], returning: bool) -> Statement:
         """Return the INSERT of a row without some columns; its values: the row."""
+        key = ("insert", omitted, returning)
+        known = self._cache.get(key)
+        if known is not None:
+            return known
         columns = [column for place, column in enumerate(self._columns) if place not in omitted]
 
         def build() -> Any:
             core = self.dialect.insert_row(self.table, self._row(omitted))
             return core.returning(*self._selected) if returning else core.inline()
 
-        return self._cached(("insert", omitted, returning), build, columns=columns)
+        return self._cached(key, build, columns=columns)
 
     def update(
         self, names: tuple[str, ...], version: bool, deleted_too: bool, answer: Literal["row", "mark", ""]
