@@ -63,7 +63,7 @@ def eventual_reads() -> Iterator[None]:
 class Mark:
     """What one context has written to one database, or has been told of by a token; times by ``time.monotonic()``."""
 
-    __slots__ = ("_ask", "_told", "_written", "position", "position_at", "unknown_at")
+    __slots__ = ("_ask", "_told", "_written", "_written_at", "position", "position_at", "unknown_at")
 
     def __init__(self, position: Position | None = None, at: float = 0.0, unknown_at: float | None = None) -> None:
         self.position = position
@@ -73,6 +73,7 @@ class Mark:
         self.unknown_at = unknown_at
         """When something was written of which the primary could not say how far it was; None: there is no such."""
         self._written = self._told = 0
+        self._written_at = 0.0
         self._ask: Callable[[], Awaitable[Position | None]]
 
     @property
@@ -83,15 +84,16 @@ class Mark:
     def note_write(self, ask: Callable[[], Awaitable[Position | None]]) -> None:
         """Remember a write; ``ask`` answers how far the primary is, None if that cannot be said."""
         self._written += 1
+        self._written_at = time.monotonic()
         self._ask = ask
 
     async def settle(self) -> None:
         """Ask the primary how far it is, if something was written since it was asked last."""
-        written = self._written
+        written, at = self._written, self._written_at
         if written == self._told:
             return
         position = await self._ask()
-        self.add(Mark(position, time.monotonic()) if position else Mark(unknown_at=time.monotonic()))
+        self.add(Mark(unknown_at=at) if position is None else Mark(position, time.monotonic()))
         self._told = max(self._told, written)
 
     def add(self, other: "Mark") -> None:

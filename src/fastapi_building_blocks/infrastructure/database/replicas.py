@@ -131,6 +131,9 @@ class ReplicaSet:
             return
         for session in self._sessions():
             session.open_pool()
+        self._history, self._ask_primary = _History(), _Shared(self._ask)
+        for replica in self._replicas:
+            replica.begin()
         await self._sample()
         await asyncio.gather(*[self._look_at(replica) for replica in self._replicas])
         self._monitor = asyncio.get_running_loop().create_task(self._watch(), context=Context())
@@ -145,7 +148,6 @@ class ReplicaSet:
         for replica in self._replicas:
             replica.in_rotation, replica.reason = False, _UNSEEN
             replica.forget()
-        self._history = _History()
         await asyncio.gather(*[session.disconnect() for session in self._sessions()])
 
     def sessions(self) -> list[SQLAlchemySession]:
@@ -184,7 +186,7 @@ class ReplicaSet:
                     finally:
                         replica.bounds.discard(bound)
             except (BuildingBlocksError, TimeoutError, RuntimeError) as error:
-                self._check_may_repeat(replica, error, begun)
+                self.check_may_repeat(replica, error, begun)
         return await self._perform(operation, statement, arguments)
 
     async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
@@ -209,11 +211,11 @@ class ReplicaSet:
                         yield batch
             except (BuildingBlocksError, TimeoutError, RuntimeError) as error:
                 if has_some:
-                    self._suspect(replica)
+                    replica.suspected.set()
                     if isinstance(error, TimeoutError):
                         raise _has_left() from None
                     raise
-                self._check_may_repeat(replica, error, begun)
+                self.check_may_repeat(replica, error, begun)
         try:
             async with aclosing(self._iterate(operation, statement, arguments)) as batches:
                 async for batch in batches:
@@ -236,9 +238,9 @@ class ReplicaSet:
             scope.mark(self._database).note_write(self._tell)
         self._own.note_write(self._tell)
 
-    def _check_may_repeat(self, replica: "Replica", error: Exception, begun: float) -> None:
+    def check_may_repeat(self, replica: "Replica", error: Exception, begun: float) -> None:
         """Raise the error again if the primary cannot do better in the time that is left."""
-        self._suspect(replica)
+        replica.suspected.set()
         limit = self._primary.dialect.timeouts.statement
         is_late = isinstance(error, StatementTimeoutError) and time.monotonic() - begun >= (limit or math.inf)
         if is_late or seconds_left() <= 0:
@@ -301,7 +303,7 @@ class ReplicaSet:
         now = time.monotonic()
         give_up = now + min(self._wait, seconds_left())
         # One that was behind by more a moment ago need not be asked.
-        near = [one for one in self._rotation if one.lag is not None and one.lag - (now - since) <= self._wait]
+        near = [one for one in self._rotation if (one.lag or 0.0) - (now - since) <= self._wait]
         near.sort(key=lambda one: one.lag or 0.0)
         pause = _FIRST_PAUSE
         while near and (left := give_up - time.monotonic()) > 0:
@@ -369,10 +371,6 @@ class ReplicaSet:
         replica.in_rotation, replica.reason = False, reason
         self._rotation = [one for one in self._replicas if one.in_rotation]
 
-    def _suspect(self, replica: "Replica") -> None:
-        """Have a replica looked at now."""
-        replica.suspected.set()
-
     async def _watch(self) -> None:
         await asyncio.gather(self._watch_primary(), *[self._watch_replica(replica) for replica in self._replicas])
 
@@ -411,11 +409,15 @@ class Replica:
         self.position: Position | None = None
         """What it is known to have replayed, for connections that were open at ``position_at``."""
         self.position_at = -math.inf
-        self.asked = _Shared(self._ask)
-        self.suspected = asyncio.Event()
+        self.asked: _Shared[Replayed]
+        self.suspected: asyncio.Event
         self.bounds: set[asyncio.Timeout] = set()
         """Around the single reads that are on it: rescheduled when it is left."""
         self.units: set[_ReadingUnit] = set()
+
+    def begin(self) -> None:
+        """Be ready to be looked at, in the event loop that runs now."""
+        self.asked, self.suspected = _Shared(self._ask), asyncio.Event()
 
     async def _ask(self) -> Replayed:
         at = time.monotonic()
@@ -511,7 +513,7 @@ class _ReadingUnit(SQLAlchemyTransaction):
                         replica.bounds.discard(bound)
             except (BuildingBlocksError, TimeoutError, RuntimeError) as error:
                 self._replica, (self._pool, self._dialect) = None, on_primary
-                self._replicas._check_may_repeat(replica, error, begun)
+                self._replicas.check_may_repeat(replica, error, begun)
             else:
                 replica.units.add(self)
                 return connection

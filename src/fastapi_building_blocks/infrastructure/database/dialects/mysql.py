@@ -118,7 +118,7 @@ class _Uptime:
 class _Written:
     """The question how far a MariaDB primary is: the last transaction of each domain in its binary log."""
 
-    sql = "SELECT @@gtid_binlog_pos"
+    sql = "SELECT @@gtid_binlog_pos, @@log_bin"
     name = "position"
     reads = True
 
@@ -221,8 +221,8 @@ class MySQLDialect(PortableDialect):
     async def written(self, connection: PooledConnection, statement: Any, arguments: Any) -> Position | None:
         if not self.is_mariadb:
             return None
-        [[written]] = await self.fetch(connection, _Written, ())
-        return _position(written) or None  # without a binary log there are no replicas of it
+        [[written, is_logged]] = await self.fetch(connection, _Written, ())
+        return _position(written) if is_logged else None
 
     async def replayed(self, connection: PooledConnection, statement: Any, arguments: Any) -> Replayed:
         if not self.is_mariadb:
