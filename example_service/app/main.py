@@ -76,7 +76,10 @@ def create_app(session: DatabaseSession | None = None) -> FastAPI:
     install_problem_details(app)
     app.add_middleware(BodyLimitMiddleware)
     if get_database_settings().replica_urls:
-        app.add_middleware(ConsistencyMiddleware, secret=settings.consistency_secret.get_secret_value())
+        secret = settings.consistency_secret.get_secret_value()
+        if not secret:
+            raise ValueError("DATABASE_REPLICA_URLS goes with a CONSISTENCY_SECRET, the same for every process")
+        app.add_middleware(ConsistencyMiddleware, secret=secret)
     app.add_middleware(DeadlineMiddleware, seconds=settings.request_deadline)
     app.add_middleware(DrainMiddleware, seconds=settings.drain_seconds)
     app.add_middleware(RequestIdMiddleware)

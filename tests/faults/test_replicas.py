@@ -16,8 +16,8 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.infrastructure import SQLAlchemySession, deadline
-from fastapi_building_blocks.infrastructure.database.consistency import ConsistencyScope, consistency_scope
+from fastapi_building_blocks.infrastructure import SQLAlchemySession, StatementEvent, deadline
+from fastapi_building_blocks.infrastructure.database.consistency import ConsistencyScope, Mark, consistency_scope
 from fastapi_building_blocks.testing import (
     MARIADB_PRIMARY,
     DatabaseServer,
@@ -56,7 +56,8 @@ def postgresql_cluster() -> Iterator[Cluster]:
     with ExitStack() as stack:
         primary = PostgreSQLServer({"max_connections": 200})
         for server in running(primary, "postgres"):
-            near = stack.enter_context(PostgreSQLReplica(primary))
+            # A replica gives up reads that are in the way of its replay, after half a minute unless told otherwise.
+            near = stack.enter_context(PostgreSQLReplica(primary, {"max_standby_streaming_delay": "100ms"}))
             held = stack.enter_context(PostgreSQLReplica(primary, delay=DELAY))
             yield Cluster("PostgreSQL", server, near, held)
 
@@ -135,8 +136,7 @@ async def test_c1_the_writer_reads_its_own_writes_through_another_service(
     cluster: Cluster = request.getfixturevalue(f"{kind}_cluster")
     replicas = [cluster.near, cluster.held] if kind == "postgresql" else [cluster.held]
     clients, each = 4, effort(200, 2000) // 4
-    async with opened(cluster.primary.url) as session:
-        await Accounts(session).delete_where(everything=True)
+    async with opened(cluster.primary.url):
         # What is held back has the table as well, or its failures would go to the primary.
         await until(lambda: has_table(cluster.held), DELAY + 15)
     async with AsyncExitStack() as stack:
@@ -201,6 +201,28 @@ async def test_c1_within_a_session_as_well(
         shown("C1", f"{cluster.name}, one session", pairs=tries, stale=stale, reads_on_replicas=on_replicas)
         assert stale == 0
         assert on_replicas > tries / 2
+
+
+async def test_c1_a_token_that_no_replica_reaches_waits_no_longer_than_said(cluster: Cluster) -> None:
+    """As after a failover, where the log goes on from an earlier place."""
+    async with opened(cluster.primary.url, consistency_wait=0.2, **cluster.urls(cluster.near)) as session:
+        async with load_on(session) as load:
+            load.over = True
+        scope = ConsistencyScope()
+        with consistency_scope(scope):
+            await Accounts(session).update(account(3, 5))
+            assert (await Accounts(session).get(3)).balance == 5
+            (mark,) = scope.marks.values()
+            assert mark.position is not None
+            mark.add(Mark(dict.fromkeys(mark.position, 2**62), time.monotonic()))
+            reads, begun = session.replica_status()[0].reads, time.monotonic()
+            assert (await Accounts(session).get(3)).balance == 5
+            assert 0.2 <= time.monotonic() - begun < 1.5
+            assert session.replica_status()[0].reads == reads, "it went to the primary"
+            # Once it is certain that whoever lags no more than max_lag has it, it asks nothing any more.
+            mark.position_at -= 10.0 + 60.0
+            assert (await Accounts(session).get(3)).balance == 5
+            assert session.replica_status()[0].reads == reads + 1
 
 
 # C2: one unit, one server; replicas leave and come back
@@ -416,6 +438,25 @@ async def test_c2_a_read_that_writes_is_done_on_the_primary(kind: str, request: 
         numbers = sa.select(sa.literal_column("nextval('numbers')", sa.BigInteger()))
         assert (await session.execute(numbers)).scalar_one() >= 1
         assert session.replica_status()[0].reads == 1, "it was tried there"
+
+
+async def test_c2_a_read_in_the_way_of_replay_is_done_on_the_primary(postgresql_cluster: Cluster) -> None:
+    cluster = postgresql_cluster
+    seen: list[StatementEvent] = []
+    async with opened(cluster.primary.url, **cluster.urls(cluster.near)) as session:
+        async with load_on(session) as load:
+            load.over = True
+        session.observe(seen.append)
+        slow = sa.select(sa.func.pg_sleep(1.0), Accounts.table.c.id).limit(1)
+        with consistency_scope(ConsistencyScope()):
+            reading = asyncio.create_task(session.execute(slow))
+            await until(lambda: session.replica_status()[0].outstanding)
+            await asyncio.sleep(0.1)
+            await session.execute(sa.text("ALTER TABLE accounts ALTER COLUMN owner SET STATISTICS 50"))
+            await session.execute(sa.text("TRUNCATE accounts CASCADE"))
+            assert len((await reading).all()) == 0, "the primary's answer"
+        servers = [(event.server, type(event.error).__name__) for event in seen if "pg_sleep" in event.sql]
+        assert servers == [(f"127.0.0.1:{cluster.near.port}", "SerializationError"), ("primary", "NoneType")]
 
 
 async def test_c2_a_frozen_primary_does_not_make_its_replicas_leave(cluster: Cluster) -> None:

@@ -43,6 +43,7 @@ from .consistency import Mark, Position, accepts_old, current_scope, includes, n
 from .deadlines import seconds_left
 from .dialects.portable import Replayed
 from .session import Iteration, Operation, TransactionBackend
+from .sqlalchemy_errors import driver_error, out_of_time
 from .sqlalchemy_session import SQLAlchemySession, SQLAlchemyTransaction
 
 logger = logging.getLogger(__name__)
@@ -422,9 +423,12 @@ class Replica:
     async def _ask(self) -> Replayed:
         at = time.monotonic()
         said: Replayed = await self.probe.look(self.probe.dialect.replayed)
-        if said.is_replica and said.position is not None:
-            self.position, self.position_at = said.position, at
+        self._learn(said, at)
         return said
+
+    def _learn(self, said: Replayed, at: float) -> None:
+        if said.is_replica and said.position is not None and at > self.position_at:
+            self.position, self.position_at = said.position, at
 
     def forget(self) -> None:
         """Know nothing of it: it may be restarted, further back."""
@@ -448,7 +452,9 @@ class Replica:
             ConnectionLostError: it is not.
         """
         if connection.opened_at >= self.position_at:
+            at = time.monotonic()
             said: Replayed = await self.probe.dialect.replayed(connection, None, None)
+            self._learn(said, at)
             if not (said.is_replica and said.position is not None and includes(said.position, wanted)):
                 raise ConnectionLostError("the replica is further back than it was")
 
@@ -522,13 +528,18 @@ class _ReadingUnit(SQLAlchemyTransaction):
     async def _take(self) -> PooledConnection:
         connection = await super()._take()
         if self._replica is not None and self._wanted is not None:
+            self._connection = connection
             try:
                 # Before BEGIN: what is replayed after the transaction's snapshot is not in it.
-                connection.start_clock(self._dialect.patience)
+                self.start_clock()
                 await self._replica.check(connection, self._wanted)
-            except BaseException:
+            except BaseException as error:
                 self._pool.mend(connection)
-                raise
+                if connection.ran_out_of_time(error):
+                    raise out_of_time() from None
+                if not isinstance(error, Exception):
+                    raise
+                raise self.translate(error, None) from driver_error(error)
         return connection
 
     def cut(self) -> None:
