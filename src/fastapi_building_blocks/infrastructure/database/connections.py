@@ -353,6 +353,12 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         while self._idle:
             self.discard(self._idle.pop())
 
+    def cancel_calls(self) -> None:
+        """End every call that is on the way, as if its time were over."""
+        for connection in tuple(self._connections):
+            if connection.until < _NEVER:
+                connection.cancel_call()
+
     def outstanding(self) -> int:
         """How many calls are on a connection or wait for one."""
         return self._open - len(self._idle) + len(self._waiters)

@@ -83,6 +83,9 @@ class ReplicaStatus:
 
 
 _UNSEEN = "not looked at yet"
+_BLANK = Mark()
+_DISTRUST = Mark(unknown_at=math.inf)
+"""Of a context that was told what cannot be verified: replicas are never safe for it."""
 
 
 class ReplicaSet:
@@ -174,19 +177,12 @@ class ReplicaSet:
                 return await self._perform(operation, statement, arguments)
             finally:
                 self.note_write()
-        replica, wanted = await self.choose()
+        replica, wanted = self._at_once() or await self.choose()
         if replica is not None:
             begun = time.monotonic()
-            replica.reads += 1
-            assured = operation if wanted is None else replica.assured(operation, wanted)
             try:
-                async with asyncio.timeout(None) as bound:
-                    replica.bounds.add(bound)
-                    try:
-                        return await replica.session.perform(assured, statement, arguments)
-                    finally:
-                        replica.bounds.discard(bound)
-            except (BuildingBlocksError, TimeoutError, RuntimeError) as error:
+                return await replica.perform(operation, statement, arguments, wanted)
+            except (BuildingBlocksError, RuntimeError) as error:
                 self.check_may_repeat(replica, error, begun)
         return await self._perform(operation, statement, arguments)
 
@@ -195,26 +191,15 @@ class ReplicaSet:
         replica, wanted = await self.choose() if _is_read(statement) else (None, None)
         if replica is not None:
             begun, has_some = time.monotonic(), False
-            replica.reads += 1
-            assured = operation if wanted is None else replica.assured_stream(operation, wanted)
             try:
-                async with aclosing(replica.session.iterate(assured, statement, arguments)) as batches:
-                    while True:
-                        async with asyncio.timeout(None) as bound:
-                            replica.bounds.add(bound)
-                            try:
-                                batch = await anext(batches)
-                            except StopAsyncIteration:
-                                return
-                            finally:
-                                replica.bounds.discard(bound)
+                async with aclosing(replica.iterate(operation, statement, arguments, wanted)) as batches:
+                    async for batch in batches:
                         has_some = True
                         yield batch
-            except (BuildingBlocksError, TimeoutError, RuntimeError) as error:
+                return
+            except (BuildingBlocksError, RuntimeError) as error:
                 if has_some:
                     replica.suspected.set()
-                    if isinstance(error, TimeoutError):
-                        raise _has_left() from None
                     raise
                 self.check_may_repeat(replica, error, begun)
         try:
@@ -252,20 +237,24 @@ class ReplicaSet:
 
     async def choose(self) -> "tuple[Replica | None, Position | None]":
         """Return the replica for a read of this context, None for the primary, and what the read needs to find there."""
+        return self._at_once() or await self._choose_for(self._mark())
+
+    def _at_once(self) -> "tuple[Replica | None, Position | None] | None":
+        """Return the same where nothing has to be asked; None: something has."""
         if not self._rotation or prefer_primary.get():
             return None, None
-        if accepts_old.get():
+        if accepts_old.get() or (mark := self._mark()).is_blank:
             return self._least_busy(None), None
+        if mark.is_open or mark.unknown_at is not None or mark.position is None:
+            return None
+        replica = self._least_busy(mark.position)
+        return None if replica is None else (replica, mark.position)
+
+    def _mark(self) -> Mark:
         scope = current_scope.get()
         if scope is None:
-            mark: Mark | None = self._own
-        elif scope.distrusted:
-            return None, None
-        else:
-            mark = scope.marks.get(self._database)
-        if mark is None or mark.is_blank:
-            return self._least_busy(None), None
-        return await self._choose_for(mark)
+            return self._own
+        return _DISTRUST if scope.distrusted else scope.marks.get(self._database, _BLANK)
 
     async def _choose_for(self, mark: Mark) -> "tuple[Replica | None, Position | None]":
         if mark.is_open:
@@ -402,6 +391,7 @@ class Replica:
         self.session = session
         self.probe = probe
         self.pool: ConnectionPool = session.pool
+        self._patience = session.dialect.patience
         self.pool.server = name
         self.in_rotation = False
         self.reason = _UNSEEN
@@ -412,9 +402,11 @@ class Replica:
         self.position_at = -math.inf
         self.asked: _Shared[Replayed]
         self.suspected: asyncio.Event
-        self.bounds: set[asyncio.Timeout] = set()
-        """Around the single reads that are on it: rescheduled when it is left."""
-        self.units: set[_ReadingUnit] = set()
+        self.cuts = 0
+        """How often everybody had to leave it."""
+        self._waiting: set[asyncio.Timeout] = set()
+        self._acquire = session._acquire
+        session._acquire = self.acquire  # type: ignore[method-assign]
 
     def begin(self) -> None:
         """Be ready to be looked at, in the event loop that runs now."""
@@ -435,15 +427,70 @@ class Replica:
         self.position, self.position_at, self.lag = None, -math.inf, None
 
     def cut(self) -> None:
-        """Have everybody leave who waits for it, and close the connections to it."""
+        """End every call that is on it or waits for a connection, and replace the connections."""
+        self.cuts += 1
         self.forget()
         self.pool.renew()
+        self.pool.cancel_calls()
         now = asyncio.get_running_loop().time()
-        for bound in tuple(self.bounds):
+        for bound in tuple(self._waiting):
             bound.reschedule(now)
-        self.bounds.clear()
-        for unit in tuple(self.units):
-            unit.cut()
+        self._waiting.clear()
+
+    async def acquire(self) -> PooledConnection:
+        """Return a connection, or raise ``ConnectionLostError`` as soon as the replica is cut."""
+        try:
+            async with asyncio.timeout(None) as bound:
+                self._waiting.add(bound)
+                try:
+                    return await self._acquire()
+                finally:
+                    self._waiting.discard(bound)
+        except TimeoutError:
+            raise has_left() from None
+
+    async def perform(self, operation: Operation, statement: Any, arguments: Any, wanted: Position | None) -> Any:
+        """Run a single read on a connection that is as far as wanted; once, since the primary serves as well."""
+        self.reads += 1
+        pool = self.pool
+        connection = pool.take() or await self.acquire()
+        try:
+            connection.start_clock(self._patience)
+            if wanted is not None and connection.opened_at >= self.position_at:
+                await self.check(connection, wanted)
+            answer = await operation(connection, statement, arguments)
+        except Exception as error:
+            failure = self.session._give_back_after(connection, error, statement)
+            if failure is error:
+                raise
+            raise failure from driver_error(error)
+        except BaseException as error:
+            pool.mend(connection)
+            if connection.ran_out_of_time(error):
+                raise out_of_time() from None
+            raise
+        pool.release(connection)
+        return answer
+
+    async def iterate(
+        self, operation: Iteration, statement: Any, arguments: Any, wanted: Position | None
+    ) -> AsyncGenerator[Any, None]:
+        """Run a streamed read on a connection that is as far as wanted."""
+        self.reads += 1
+        cuts = self.cuts
+
+        async def assured(connection: PooledConnection, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
+            if wanted is not None:
+                await self.check(connection, wanted)
+            async with aclosing(operation(connection, statement, arguments)) as batches:
+                async for batch in batches:
+                    yield batch
+                    if self.cuts != cuts:
+                        raise has_left()
+
+        async with aclosing(self.session.iterate(assured, statement, arguments)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def check(self, connection: PooledConnection, wanted: Position) -> None:
         """Make sure that what a connection leads to is as far: one that was opened since it last said so may not be.
@@ -457,27 +504,6 @@ class Replica:
             self._learn(said, at)
             if not (said.is_replica and said.position is not None and includes(said.position, wanted)):
                 raise ConnectionLostError("the replica is further back than it was")
-
-    def assured(self, operation: Operation, wanted: Position) -> Operation:
-        """Return the operation on a connection that is as far as wanted."""
-
-        async def assured(connection: PooledConnection, statement: Any, arguments: Any) -> Any:
-            if connection.opened_at >= self.position_at:
-                await self.check(connection, wanted)
-            return await operation(connection, statement, arguments)
-
-        return assured
-
-    def assured_stream(self, operation: Iteration, wanted: Position) -> Iteration:
-        """Return the same of a streamed read."""
-
-        async def assured(connection: PooledConnection, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
-            await self.check(connection, wanted)
-            async with aclosing(operation(connection, statement, arguments)) as batches:
-                async for batch in batches:
-                    yield batch
-
-        return assured
 
 
 class _WritingUnit(SQLAlchemyTransaction):
@@ -502,32 +528,27 @@ class _ReadingUnit(SQLAlchemyTransaction):
         self._replicas = replicas
         self._replica: Replica | None = None
         self._wanted: Position | None = None
-        self._is_cut = False
+        self._cuts = 0
 
     async def begin(self) -> PooledConnection:
         replica, self._wanted = await self._replicas.choose()
         if replica is not None:
             begun, on_primary = time.monotonic(), (self._pool, self._dialect)
             self._replica, self._pool, self._dialect = replica, replica.pool, replica.session.dialect
+            self._cuts = replica.cuts
             replica.reads += 1
             try:
-                async with asyncio.timeout(None) as bound:
-                    replica.bounds.add(bound)
-                    try:
-                        connection = await super().begin()
-                    finally:
-                        replica.bounds.discard(bound)
-            except (BuildingBlocksError, TimeoutError, RuntimeError) as error:
+                return await super().begin()
+            except (BuildingBlocksError, RuntimeError) as error:
                 self._replica, (self._pool, self._dialect) = None, on_primary
                 self._replicas.check_may_repeat(replica, error, begun)
-            else:
-                replica.units.add(self)
-                return connection
         return await super().begin()
 
     async def _take(self) -> PooledConnection:
-        connection = await super()._take()
-        if self._replica is not None and self._wanted is not None:
+        if self._replica is None:
+            return await super()._take()
+        connection = self._pool.take() or await self._replica.acquire()
+        if self._wanted is not None:
             self._connection = connection
             try:
                 # Before BEGIN: what is replayed after the transaction's snapshot is not in it.
@@ -539,36 +560,20 @@ class _ReadingUnit(SQLAlchemyTransaction):
                     raise out_of_time() from None
                 if not isinstance(error, Exception):
                     raise
-                raise self.translate(error, None) from driver_error(error)
+                failure = self.translate(error, None)
+                if failure is error:
+                    raise
+                raise failure from driver_error(error)
         return connection
 
-    def cut(self) -> None:
-        """End the call that is on the way, and refuse others: the replica does not answer."""
-        self._is_cut = True
-        if self._connection.until < math.inf:
-            self._connection.cancel_call()
-
     def start_clock(self) -> None:
-        if self._is_cut:
-            raise _has_left()
+        if self._replica is not None and self._replica.cuts != self._cuts:
+            raise has_left()
         super().start_clock()
 
     async def commit(self) -> None:
-        self._leave()
         with suppress(CommitOutcomeUnknownError):  # everything was read, and there is nothing to keep
             await super().commit()
-
-    async def rollback(self) -> None:
-        self._leave()
-        await super().rollback()
-
-    def abandon(self) -> None:
-        self._leave()
-        super().abandon()
-
-    def _leave(self) -> None:
-        if self._replica is not None:
-            self._replica.units.discard(self)
 
 
 class _Shared(Generic[Answer]):
@@ -639,7 +644,8 @@ def name_of(url: sa.URL) -> str:
     return f"{url.host}:{url.port}" if url.host and url.port else url.host or str(url.database)
 
 
-def _has_left() -> ConnectionLostError:
+def has_left() -> ConnectionLostError:
+    """Return what a call raises that a replica does not answer any more."""
     return ConnectionLostError("the replica that was being read does not answer any more")
 
 
