@@ -324,7 +324,7 @@ class ReplicaSet:
             return None
         asking = self._ask_primary.soon()
         await asyncio.wait({asking}, timeout=max(min(_LOOK_TIMEOUT, seconds_left()), 0))
-        return asking.result() if asking.done() and asking.exception() is None else None
+        return asking.result() if _has_answer(asking) else None
 
     async def _sample(self) -> None:
         if self._primary.dialect.tells_positions:
@@ -334,8 +334,8 @@ class ReplicaSet:
         """Ask a replica how far it is, and have it join the rotation or leave it; says whether it has answered."""
         asking = replica.asked.soon()
         await asyncio.wait({asking}, timeout=_LOOK_TIMEOUT)
-        if not asking.done() or asking.exception() is not None:
-            error = asking.exception() if asking.done() else None
+        if not _has_answer(asking):
+            error = asking.exception() if asking.done() and not asking.cancelled() else None
             self._leave(replica, "it does not answer" if error is None else f"it cannot be asked: {error}")
             replica.cut()
             return False
@@ -597,6 +597,10 @@ class _Shared(Generic[Answer]):
             await asyncio.wait({before})
         self._asking, self._next = self._next, None
         return await self._ask()
+
+
+def _has_answer(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 def _seen(task: asyncio.Task[Any]) -> None:
