@@ -181,6 +181,13 @@ async def test_a_primary_that_cannot_tell_leaves_the_time() -> None:
     assert mark.unknown_at == pytest.approx(time.monotonic(), abs=1)
 
 
+async def test_another_primary_whose_log_is_shorter_is_believed() -> None:
+    mark = Mark({0: 100}, 1.0)
+    mark.note_write(Primary({0: 50}))
+    await mark.settle()
+    assert mark.position == {0: 50}
+
+
 async def test_a_scope_is_shared_by_the_tasks_of_its_block_and_ends_with_it() -> None:
     with consistency_scope(ConsistencyScope(TOKENS)) as scope:
 

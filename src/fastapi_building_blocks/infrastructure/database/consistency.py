@@ -93,7 +93,11 @@ class Mark:
         if written == self._told:
             return
         position = await self._ask()
-        self.add(Mark(unknown_at=at) if position is None else Mark(position, time.monotonic()))
+        if position is None:
+            self.add(Mark(unknown_at=at))
+        else:
+            # It includes all that was wanted before, unless this is another primary, and then it counts.
+            self.position, self.position_at = position, time.monotonic()
         self._told = max(self._told, written)
 
     def add(self, other: "Mark") -> None:
