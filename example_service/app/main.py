@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from example_service.app.api.v1 import users
-from example_service.app.core.config import get_settings
+from example_service.app.core.config import get_database_settings, get_settings
 from example_service.app.core.database import get_db
 from fastapi_building_blocks.api import (
     BodyLimitMiddleware,
+    ConsistencyMiddleware,
     DeadlineMiddleware,
     DrainMiddleware,
     RequestIdMiddleware,
@@ -74,6 +75,11 @@ def create_app(session: DatabaseSession | None = None) -> FastAPI:
         app.dependency_overrides[get_db] = lambda: session
     install_problem_details(app)
     app.add_middleware(BodyLimitMiddleware)
+    if get_database_settings().replica_urls:
+        secret = settings.consistency_secret.get_secret_value()
+        if not secret:
+            raise ValueError("DATABASE_REPLICA_URLS goes with a CONSISTENCY_SECRET, the same for every process")
+        app.add_middleware(ConsistencyMiddleware, secret=secret)
     app.add_middleware(DeadlineMiddleware, seconds=settings.request_deadline)
     app.add_middleware(DrainMiddleware, seconds=settings.drain_seconds)
     app.add_middleware(RequestIdMiddleware)

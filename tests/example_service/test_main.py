@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url
+from starlette.testclient import TestClient
 
 from example_service.app.core.config import get_database_settings, get_settings
+from example_service.app.infrastructure.tables import metadata
+from example_service.app.main import create_app
 from example_service.demo import free_port, running_service, wait_until_ready
+from fastapi_building_blocks.infrastructure import SQLAlchemySession
 from tests.backends import Backends
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +64,30 @@ def test_a_wrong_setting_is_said_by_name(setting: dict[str, str], tmp_path: Path
     assert f"the settings are wrong: {next(iter(setting))}: " in done.stderr
     assert "https://" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_replicas_without_a_secret_are_a_wrong_setting(tmp_path: Path):
+    files = {"DATABASE_URL": "p.db", "DATABASE_REPLICA_URLS": "r.db"}
+    done = run(**{name: f"sqlite+aiosqlite:///{tmp_path}/{file}" for name, file in files.items()})
+    assert done.returncode == 2
+    assert "the settings are wrong: DATABASE_REPLICA_URLS goes with a CONSISTENCY_SECRET" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_with_replicas_a_client_gets_the_token_of_its_writes(fresh_settings: Path, monkeypatch):
+    for name, file in (("DATABASE_URL", "p.db"), ("DATABASE_REPLICA_URLS", "r.db")):
+        monkeypatch.setenv(name, f"sqlite+aiosqlite:///{fresh_settings}/{file}")
+    monkeypatch.setenv("CONSISTENCY_SECRET", "a secret of some length")
+    session = SQLAlchemySession.from_settings(get_database_settings())
+    app = create_app(session)
+    with TestClient(app) as client:
+        client.portal.call(session.create_tables, metadata)
+        body = {"email": "a@example.com", "username": "anna", "first_name": "Anna", "last_name": "A"}
+        created = client.post("/api/v1/users/", json=body)
+        assert created.status_code == 201, created.text
+        headers = {"X-Consistency-Token": created.headers["X-Consistency-Token"]}
+        found = client.get(created.headers["Location"], headers=headers)
+        assert found.json()["username"] == "anna", "the other file has not even the table"
 
 
 @pytest.mark.parametrize("backend", ["postgres", "mysql"])

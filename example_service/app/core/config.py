@@ -3,7 +3,7 @@
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fastapi_building_blocks.infrastructure import DatabaseSettings
@@ -24,6 +24,8 @@ class ServiceSettings(BaseSettings):
     """How long it serves on after SIGTERM, not ready any more, so that load balancers take it out."""
     shutdown_timeout: int = Field(ge=1)
     """How long requests in flight have after that."""
+    consistency_secret: SecretStr = SecretStr("")
+    """What signs consistency tokens, where there are read replicas: the same for every process of the service."""
 
 
 @lru_cache

@@ -9,6 +9,7 @@ from .conditional_requests import (
     if_match_versions,
     is_not_modified,
 )
+from .consistency import CONSISTENCY_HEADER, ConsistencyMiddleware
 from .dependencies import database, database_lifespan, unit_of_work
 from .draining import DrainMiddleware
 from .health import health_router
@@ -18,8 +19,10 @@ from .problem_details import ProblemDetails, install_problem_details, problem_re
 from .query_parameters import ListQuery, list_query
 
 __all__ = [
+    "CONSISTENCY_HEADER",
     "NO_VERSION",
     "BodyLimitMiddleware",
+    "ConsistencyMiddleware",
     "CursorPageResponse",
     "DeadlineMiddleware",
     "DrainMiddleware",

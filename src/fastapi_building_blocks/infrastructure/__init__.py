@@ -1,8 +1,14 @@
 """Sessions, units of work, repositories and settings: what a service's infrastructure is built from."""
 
+from fastapi_building_blocks.infrastructure.database.consistency import (
+    current_consistency_token,
+    eventual_reads,
+    reads_from_primary,
+)
 from fastapi_building_blocks.infrastructure.database.deadlines import deadline, time_left
 from fastapi_building_blocks.infrastructure.database.in_memory_session import InMemorySession
 from fastapi_building_blocks.infrastructure.database.observation import StatementEvent
+from fastapi_building_blocks.infrastructure.database.replicas import ReplicaStatus
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession, PoolStatus, Transaction
 from fastapi_building_blocks.infrastructure.database.settings import DatabaseSettings
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
@@ -25,13 +31,17 @@ __all__ = [
     "ExactDecimal",
     "InMemorySession",
     "PoolStatus",
+    "ReplicaStatus",
     "SQLAlchemyRepository",
     "SQLAlchemySession",
     "StatementEvent",
     "Transaction",
     "UnitOfWork",
     "UtcDateTime",
+    "current_consistency_token",
     "deadline",
+    "eventual_reads",
+    "reads_from_primary",
     "time_left",
     "timestamp_columns",
     "version_column",

@@ -16,10 +16,13 @@ pytest.register_assert_rewrite(
 from fastapi_building_blocks.testing.cancellation import StormReport, storm  # noqa: E402
 from fastapi_building_blocks.testing.connection_invariants import assert_connections_sound  # noqa: E402
 from fastapi_building_blocks.testing.database_servers import (  # noqa: E402
+    MARIADB_PRIMARY,
     DatabaseServer,
+    MariaDBReplica,
     MariaDBServer,
     MissingServer,
     PgBouncerServer,
+    PostgreSQLReplica,
     PostgreSQLServer,
     RedisServer,
 )
@@ -27,11 +30,14 @@ from fastapi_building_blocks.testing.fault_proxy import FaultProxy  # noqa: E402
 from fastapi_building_blocks.testing.repository_contract import RepositoryContract  # noqa: E402
 
 __all__ = [
+    "MARIADB_PRIMARY",
     "DatabaseServer",
     "FaultProxy",
+    "MariaDBReplica",
     "MariaDBServer",
     "MissingServer",
     "PgBouncerServer",
+    "PostgreSQLReplica",
     "PostgreSQLServer",
     "RedisServer",
     "RepositoryContract",

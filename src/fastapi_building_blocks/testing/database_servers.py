@@ -266,6 +266,61 @@ class PostgreSQLServer(DatabaseServer):
         return _not_root()
 
 
+class PostgreSQLReplica(PostgreSQLServer):
+    """A streaming replica of a PostgreSQL server, a hot standby; the superuser and its databases are the primary's.
+
+    ::
+
+        with PostgreSQLServer() as primary, PostgreSQLReplica(primary, delay=5.0) as replica:
+            ...
+
+    It keeps a replication slot on the primary, so that it catches up after it was stopped.
+
+    Args:
+        primary: the server that it replays; it runs while the replica is started the first time.
+        delay: seconds by which every commit is replayed late; ``pause`` and ``resume`` stop and go on at will.
+    """
+
+    _ready = b"database system is ready to accept read-only connections"
+
+    def __init__(
+        self, primary: PostgreSQLServer, settings: Mapping[str, object] | None = None, *, delay: float = 0.0
+    ) -> None:
+        # A standby refuses to run with less than its primary has.
+        inherited = {name: value for name, value in primary._settings.items() if name in _STANDBY_NEEDS}
+        super().__init__(inherited | {"recovery_min_apply_delay": f"{delay * 1000:.0f}ms"} | dict(settings or {}))
+        self._primary = primary
+
+    def _prepare(self, directory: Path) -> None:
+        if (user := self._user()) is not None:
+            _give(directory, user)
+        source = ["-h", self._primary.host, "-p", str(self._primary.port), "-U", "postgres"]
+        backup = [_postgresql_program("pg_basebackup"), *source, "-D", str(directory / "data"), "--checkpoint=fast"]
+        _run([*backup, "--no-sync", "-R", "-C", "-S", f"replica_{self.port}"], user)
+
+    def pause(self) -> None:
+        """Replay nothing from here on; what the primary writes is still received."""
+        self._ask("SELECT pg_wal_replay_pause()")
+        give_up = time.monotonic() + _START_SECONDS
+        while self._ask("SELECT pg_get_wal_replay_pause_state()") != "paused" and time.monotonic() < give_up:
+            time.sleep(_LOOK_AGAIN)
+
+    def resume(self) -> None:
+        """Replay again, and all that has come meanwhile."""
+        self._ask("SELECT pg_wal_replay_resume()")
+
+    def promote(self) -> None:
+        """Make it a primary of its own, which takes writes and replays no other's."""
+        self._ask("SELECT pg_promote()")
+
+    def _ask(self, sql: str) -> str:
+        place = ["-h", self.host, "-p", str(self.port), "-U", "postgres", "-d", "postgres"]
+        return _run([_postgresql_program("psql"), *place, "-X", "-A", "-t", "-c", sql], None).strip()
+
+
+_STANDBY_NEEDS = ("max_connections", "max_worker_processes", "max_wal_senders", "max_locks_per_transaction")
+
+
 class MariaDBServer(DatabaseServer):
     """A MariaDB server with an empty database ``test``, for ``root`` without a password."""
 
@@ -293,6 +348,57 @@ class MariaDBServer(DatabaseServer):
         } | self._settings
         options = [f"--{name}={value}" for name, value in settings.items()]
         return [_mariadb_server(), "--no-defaults", *_mariadb_user(), *options]
+
+
+class MariaDBReplica(MariaDBServer):
+    """A replica of a MariaDB server by global transaction ids (GTID), read-only for all but administrators.
+
+    ::
+
+        with MariaDBServer(MARIADB_PRIMARY) as primary, MariaDBReplica(primary, delay=5) as replica:
+            ...
+
+    The primary needs a binary log since it was made: its settings include ``MARIADB_PRIMARY``.
+
+    Args:
+        primary: the server that it replays; it runs while the replica is started the first time.
+        delay: seconds by which every transaction is replayed late; ``pause`` and ``resume`` stop and go on at will.
+    """
+
+    def __init__(self, primary: MariaDBServer, settings: Mapping[str, object] | None = None, *, delay: int = 0) -> None:
+        super().__init__(settings)
+        self._settings = {"server-id": self.port, "read-only": "ON"} | self._settings
+        self._primary = primary
+        self._delay = delay
+        self._follows = False
+
+    def start(self) -> None:
+        super().start()
+        if not self._follows:
+            self._follows = True
+            source = f"MASTER_HOST='{self._primary.host}', MASTER_PORT={self._primary.port}, MASTER_USER='root'"
+            how = f"MASTER_USE_GTID=slave_pos, MASTER_DELAY={self._delay}, MASTER_CONNECT_RETRY=1"
+            self._ask(f"CHANGE MASTER TO {source}, {how}; START SLAVE")
+
+    def pause(self) -> None:
+        """Replay nothing from here on; what the primary writes is still received."""
+        self._ask("STOP SLAVE SQL_THREAD")
+
+    def resume(self) -> None:
+        """Replay again, and all that has come meanwhile."""
+        self._ask("START SLAVE SQL_THREAD")
+
+    def promote(self) -> None:
+        """Make it a primary of its own, which takes writes and replays no other's."""
+        self._ask("STOP SLAVE; RESET SLAVE ALL; SET GLOBAL read_only = OFF")
+
+    def _ask(self, sql: str) -> str:
+        place = ["--protocol=tcp", f"--host={self.host}", f"--port={self.port}", "--user=root", "--skip-column-names"]
+        return _run([_program("mariadb", self.installs), "--no-defaults", *place, f"--execute={sql}"], None).strip()
+
+
+MARIADB_PRIMARY: Mapping[str, object] = {"log-bin": "binlog", "server-id": 1, "binlog-format": "ROW"}
+"""The settings of a ``MariaDBServer`` that replicas can follow."""
 
 
 class RedisServer(DatabaseServer):
@@ -485,7 +591,7 @@ def _give(directory: Path, user: _User) -> None:
         os.chown(path, user.uid, user.gid)
 
 
-def _run(command: Sequence[str], user: _User | None) -> None:
+def _run(command: Sequence[str], user: _User | None) -> str:
     done = subprocess.run(
         command,
         env=_environment(),
@@ -499,6 +605,7 @@ def _run(command: Sequence[str], user: _User | None) -> None:
     if done.returncode:
         said = (done.stdout + done.stderr)[-2000:].decode(errors="replace")
         raise RuntimeError(f"{command[0]} failed:\n{said}")
+    return done.stdout.decode()
 
 
 def _environment() -> dict[str, str]:

@@ -36,6 +36,8 @@ def test_every_knob_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         "LEAK_THRESHOLD": "2.5",
         "SHUTDOWN_TIMEOUT": "3",
         "REPLICA_URLS": "postgresql+asyncpg://a/d, postgresql+asyncpg://b/d,",
+        "MAX_LAG": "2.5",
+        "CONSISTENCY_WAIT": "0",
         "PGBOUNCER": "true",
     }
     for name, value in given.items():
@@ -52,6 +54,8 @@ def test_every_knob_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         "leak_threshold": 2.5,
         "shutdown_timeout": 3.0,
         "replica_urls": ("postgresql+asyncpg://a/d", "postgresql+asyncpg://b/d"),
+        "max_lag": 2.5,
+        "consistency_wait": 0.0,
         "pgbouncer": True,
     }
 
@@ -75,6 +79,8 @@ def test_a_dot_env_file_is_read_and_the_environment_wins(tmp_path: Path, monkeyp
         ("STATEMENT_TIMEOUT", "-1"),
         ("POOL_TIMEOUT", "nan"),
         ("STATEMENT_TIMEOUT", "inf"),
+        ("MAX_LAG", "0"),
+        ("CONSISTENCY_WAIT", "-1"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:

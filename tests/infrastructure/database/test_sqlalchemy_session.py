@@ -20,7 +20,6 @@ from fastapi_building_blocks.domain import (
     ConnectionLostError,
     ConstraintError,
     DuplicateKeyError,
-    UnsupportedOperationError,
     field,
 )
 from fastapi_building_blocks.domain.query import Operator
@@ -127,11 +126,6 @@ async def test_a_missing_driver_names_the_extra_to_install(
         SQLAlchemySession(url)
     assert f"pip install 'fastapi-building-blocks[{extra}]'" in str(caught.value)
     assert caught.value.name == module
-
-
-async def test_replicas_are_refused_rather_than_ignored() -> None:
-    with pytest.raises(UnsupportedOperationError, match="replica"):
-        SQLAlchemySession("sqlite+aiosqlite://", replica_urls=["sqlite+aiosqlite://"])
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ class PooledConnection(PoolProxiedConnection):
         "is_late",
         "lent",
         "old_at",
+        "opened_at",
         "until",
         "valid",
     )
@@ -90,6 +91,8 @@ class PooledConnection(PoolProxiedConnection):
         """False once statements of unknown content ran on it: its transaction state is checked on return."""
         self.old_at = old_at
         """When it is replaced, by ``time.monotonic()``."""
+        self.opened_at = time.monotonic()
+        """Since when it is surely open."""
         self.until = _NEVER
         """When the call that is open on it has to end, by ``time.monotonic()``."""
         self.is_late = False
@@ -145,6 +148,12 @@ class PooledConnection(PoolProxiedConnection):
         return self._caller.uncancel() <= self._cancelling
 
     @property
+    def pool(self) -> "ConnectionPool":
+        """The pool that it belongs to."""
+        pool: ConnectionPool = self._record._ConnectionRecord__pool  # type: ignore[attr-defined]
+        return pool
+
+    @property
     def driver_connection(self) -> Any:  # type: ignore[override]  # SQLAlchemy's own is a property as well
         return self.driver
 
@@ -187,7 +196,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     usable again, or answer False), ``interrupt`` (ask what a connection runs to end; answers whether that is possible),
     ``is_abandoned`` and ``end_abandoned`` (does the server still run what was
     interrupted, and how does another connection end that?), and times in seconds: ``connect_timeout``, ``recycle`` (the
-    age at which a connection is replaced) and ``leak_threshold``. It lends nothing before ``reopen``, or ``reserve`` for
+    age at which a connection is replaced) and ``leak_threshold``; ``engine`` is SQLAlchemy's on this pool, and ``server``
+    what observers call the server. It lends nothing before ``reopen``, or ``reserve`` for
     those who ``enter``.
     """
 
@@ -200,6 +210,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     connect_timeout: float = 5.0
     recycle: float = _NEVER
     leak_threshold: float = _NEVER
+    engine: Any = None
+    server: str = "primary"
 
     def __init__(
         self, creator: Any, pool_size: int = 5, max_overflow: int = 10, timeout: float = 5.0, **arguments: Any
@@ -333,9 +345,23 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     def distrust(self, connection: PooledConnection) -> None:
         """Replace every connection that was opened before ``connection`` broke."""
         if connection.epoch == self._epoch:
-            self._epoch += 1
-            while self._idle:
-                self.discard(self._idle.pop())
+            self.renew()
+
+    def renew(self) -> None:
+        """Replace every connection that is open now: what is lent on its return."""
+        self._epoch += 1
+        while self._idle:
+            self.discard(self._idle.pop())
+
+    def cancel_calls(self) -> None:
+        """End every call that is on the way, as if its time were over."""
+        for connection in tuple(self._connections):
+            if connection.until < _NEVER:
+                connection.cancel_call()
+
+    def outstanding(self) -> int:
+        """How many calls are on a connection or wait for one."""
+        return self._open - len(self._idle) + len(self._waiters)
 
     def note_holder(self, connection: PooledConnection) -> None:
         """Remember who holds a connection from here on, for what may hold it for long."""

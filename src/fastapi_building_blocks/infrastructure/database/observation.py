@@ -30,6 +30,8 @@ class StatementEvent:
     """From sending to the last row; of a stream without what its consumer took."""
     error: Exception | None = None
     """What the statement ended with, of the domain's tree where the database raised it."""
+    server: str = "primary"
+    """Where it was sent: ``primary``, or the host and port of a replica."""
 
 
 Observer = Callable[[StatementEvent], None]
@@ -68,8 +70,10 @@ class Observation:
         """Call ``observer`` with every event from now on."""
         self._observers.append(observer)
 
-    def _tell(self, sql: str, name: str, rows: int, seconds: float, error: Exception | None = None) -> None:
-        event = StatementEvent(sql, name, rows, seconds, error)
+    def _tell(  # noqa: PLR0917 - the fields of an event, in their order
+        self, connection: Any, sql: str, name: str, rows: int, seconds: float, error: Exception | None = None
+    ) -> None:
+        event = StatementEvent(sql, name, rows, seconds, error, connection.pool.server)
         for observer in self._observers:
             try:
                 observer(event)
@@ -95,12 +99,12 @@ class Observation:
                 answer = await operation(connection, statement, arguments)
             except BaseException as error:
                 failure, seconds = self._failure(connection, error, statement), time.perf_counter() - since
-                self._tell(statement.sql, statement.name, 0, seconds, failure)
+                self._tell(connection, statement.sql, statement.name, 0, seconds, failure)
                 raise
             finally:
                 self._busy.discard(connection)
             seconds = time.perf_counter() - since
-            self._tell(statement.sql, statement.name, _rows_in(operation, answer), seconds)
+            self._tell(connection, statement.sql, statement.name, _rows_in(operation, answer), seconds)
             return answer
 
         return watched
@@ -113,9 +117,9 @@ class Observation:
             try:
                 await command(connection, *arguments)
             except BaseException as error:
-                self._tell(name, name, 0, time.perf_counter() - since, self._failure(connection, error))
+                self._tell(connection, name, name, 0, time.perf_counter() - since, self._failure(connection, error))
                 raise
-            return self._tell(name, name, 0, time.perf_counter() - since)
+            return self._tell(connection, name, name, 0, time.perf_counter() - since)
 
         return watched
 
@@ -131,15 +135,22 @@ class Observation:
                         yield batch
                         since = time.perf_counter()
             except GeneratorExit:
-                self._tell(statement.sql, statement.name, rows, seconds)  # the consumer left early
+                self._tell(connection, statement.sql, statement.name, rows, seconds)  # the consumer left early
                 raise
             except BaseException as error:
                 seconds += time.perf_counter() - since
-                self._tell(statement.sql, statement.name, rows, seconds, self._failure(connection, error, statement))
+                self._tell(
+                    connection,
+                    statement.sql,
+                    statement.name,
+                    rows,
+                    seconds,
+                    self._failure(connection, error, statement),
+                )
                 raise
             finally:
                 self._busy.discard(connection)
-            self._tell(statement.sql, statement.name, rows, seconds + time.perf_counter() - since)
+            self._tell(connection, statement.sql, statement.name, rows, seconds + time.perf_counter() - since)
 
         return watched
 
@@ -148,14 +159,17 @@ class Observation:
     def _core_begins(self, _connection: Any, _cursor: Any, _sql: str, _values: Any, context: Any, _many: bool) -> None:
         context.observed_since = time.perf_counter()
 
-    def _core_ends(self, _connection: Any, cursor: Any, sql: str, _values: Any, context: Any, _many: bool) -> None:
-        self._tell(sql, "core", max(cursor.rowcount, 0), time.perf_counter() - context.observed_since)
+    def _core_ends(self, connection: Any, cursor: Any, sql: str, _values: Any, context: Any, _many: bool) -> None:
+        self._tell(
+            connection.engine, sql, "core", max(cursor.rowcount, 0), time.perf_counter() - context.observed_since
+        )
 
     def _core_fails(self, failure: Any) -> None:
         since = getattr(failure.execution_context, "observed_since", None)
         if since is not None:
             seconds = time.perf_counter() - since
             self._tell(
+                failure.engine,
                 failure.statement,
                 "core",
                 0,

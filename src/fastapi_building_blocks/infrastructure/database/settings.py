@@ -35,6 +35,10 @@ class DatabaseSettings(BaseSettings):
     """How long ``disconnect()`` waits for connections in use before it closes them all the same."""
     replica_urls: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
     """Read replicas, separated by commas."""
+    max_lag: float = Field(10.0, gt=0, allow_inf_nan=False)
+    """How far behind the primary a replica may be and still be read from."""
+    consistency_wait: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """How long a read waits for a replica to have what its context has written, before it goes to the primary."""
     pgbouncer: bool = False
     """Whether ``url`` leads to PgBouncer in transaction mode instead of to PostgreSQL itself."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from itertools import count
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import sqlalchemy as sa
@@ -22,10 +22,10 @@ from fastapi_building_blocks.domain.errors import (
     ConnectionLostError,
     StatementTimeoutError,
     UnavailableError,
-    UnsupportedOperationError,
 )
 
 from .connections import ConnectionPool, PooledConnection, not_connected
+from .consistency import reads_from_primary
 from .deadlines import deadline, seconds_left
 from .dialects import PortableDialect, Timeouts, dialect_for
 from .observation import Observation, Observer
@@ -33,6 +33,9 @@ from .plain_types import adapt_dialect
 from .session import DatabaseSession, Iteration, Operation, PoolStatus, TransactionBackend
 from .settings import DatabaseSettings
 from .sqlalchemy_errors import driver_error, out_of_time, outcome_unknown, translate, translate_commit, write_unknown
+
+if TYPE_CHECKING:
+    from .replicas import ReplicaSet, ReplicaStatus
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,8 @@ _START_PATIENCE = 2.0
 """Seconds that ``start()`` waits for a database that says nothing, or is being prepared."""
 _START_LONGEST_DELAY = 2.0
 """Seconds from a database that is there to a service that has noticed, at most."""
+_LOOK_TIMEOUT = 1.0
+"""Seconds that a server may take to say how it is."""
 _START_LOGS_ALL = 10
 """Attempts that are logged, each; of those that follow as many are left out between two."""
 
@@ -89,7 +94,11 @@ class SQLAlchemySession(DatabaseSession):
         recycle: seconds after which a connection is replaced, the next time that nobody uses it; None: never.
         leak_threshold: seconds after which a held connection is logged, with the line that took it; None: never.
         shutdown_timeout: seconds that ``disconnect()`` waits for connections in use before it closes them all the same.
-        replica_urls: read replicas; refused until they are supported.
+        replica_urls: read replicas, one server each, of the primary's kind and driver. Single reads and read-only units of
+            work go to them, see ``docs/scaling-reads.md``; each has a pool like the primary's, and a connection more.
+        max_lag: seconds that a replica may be behind and still be read from.
+        consistency_wait: seconds that a read waits for a replica to have what its context has written; then it goes to the
+            primary.
         pgbouncer: the URL leads to PgBouncer in transaction mode (PostgreSQL by asyncpg). Nothing is then prepared, set or
             locked on a connection beyond its transaction, and a statement costs one round trip more.
         portable: run everything on SQLAlchemy's adapted cursors, not on the driver itself; for finding out whether the
@@ -97,7 +106,7 @@ class SQLAlchemySession(DatabaseSession):
 
     Raises:
         ValueError: the URL is not one of an asynchronous driver, names no database or is not percent-encoded, a
-            number makes no sense, or ``pgbouncer`` is said of another database.
+            number makes no sense, a replica is of another kind, or ``pgbouncer`` is said of another database.
         ModuleNotFoundError: the driver is not installed; the message has the command.
     """
 
@@ -114,16 +123,18 @@ class SQLAlchemySession(DatabaseSession):
         recycle: float | None = 1800.0,
         leak_threshold: float | None = 60.0,
         shutdown_timeout: float = 10.0,
-        replica_urls: Sequence[str] = (),
+        replica_urls: Sequence[str | URL] = (),
+        max_lag: float = 10.0,
+        consistency_wait: float = 0.1,
         pgbouncer: bool = False,
         portable: bool = False,
     ) -> None:
-        if replica_urls:
-            raise UnsupportedOperationError("read replicas are not supported yet: leave replica_urls empty")
         _check_knobs(
             (pool_size, max_overflow, connect_attempts),
-            (pool_timeout, connect_timeout, statement_timeout, recycle, leak_threshold, shutdown_timeout),
+            (pool_timeout, connect_timeout, statement_timeout, recycle, leak_threshold, shutdown_timeout, max_lag),
         )
+        if not 0 <= consistency_wait < math.inf:
+            raise ValueError("consistency_wait is a number of seconds, 0 or more")
         self._url = _checked(url)
         self._connect_attempts = connect_attempts
         self._shutdown_timeout = shutdown_timeout
@@ -173,6 +184,7 @@ class SQLAlchemySession(DatabaseSession):
         adapt_dialect(self._engine.dialect)
         self.dialect.prepare(self._engine)
         self._pool: ConnectionPool = self._engine.sync_engine.pool  # type: ignore[assignment]
+        self._pool.engine = self._engine.sync_engine
         self._pool.is_dead = self.dialect.is_dead
         self._pool.in_transaction = self.dialect.in_transaction
         self._pool.recover = self.dialect.recover
@@ -186,6 +198,30 @@ class SQLAlchemySession(DatabaseSession):
         self._patience = self.dialect.patience
         self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
         self._users_engine.sync_engine._connection_cls = _UsersConnection
+        self._replicas: "ReplicaSet | None" = None  # noqa: UP037 - the import below makes the name a local one
+        if replica_urls:
+
+            def alike(place: URL, looks: bool) -> SQLAlchemySession:
+                """Return a session for another of the servers; one that only looks has little patience."""
+                return SQLAlchemySession(
+                    place,
+                    pool_size=1 if looks else pool_size,
+                    max_overflow=2 if looks else max_overflow,
+                    pool_timeout=_LOOK_TIMEOUT if looks else pool_timeout,
+                    connect_timeout=min(connect_timeout, _LOOK_TIMEOUT) if looks else connect_timeout,
+                    statement_timeout=_LOOK_TIMEOUT if looks else statement_timeout,
+                    recycle=recycle,
+                    leak_threshold=leak_threshold,
+                    shutdown_timeout=shutdown_timeout,
+                    pgbouncer=pgbouncer,
+                    portable=portable,
+                )
+
+            # It is made of sessions: at the top of the module this import would go round in a circle.
+            from .replicas import ReplicaSet  # noqa: PLC0415
+
+            places = [_checked_replica(place, self._url) for place in replica_urls]
+            self._replicas = ReplicaSet(self, alike, places, max_lag, consistency_wait)
 
     @classmethod
     def from_settings(cls, settings: DatabaseSettings) -> Self:
@@ -244,6 +280,8 @@ class SQLAlchemySession(DatabaseSession):
         except BaseException:
             await self._pool.drain()
             raise
+        if self._replicas is not None:
+            await self._replicas.start()
         self._pool.reopen()
 
     async def start(self, prepare: Callable[[], Awaitable[object]] | None = None) -> None:
@@ -307,6 +345,8 @@ class SQLAlchemySession(DatabaseSession):
             await asyncio.sleep(delay)
         if attempt > 1:
             logger.info("%s is there, at attempt %d", self._place(), attempt)
+        if self._replicas is not None:
+            await self._replicas.start()
         self._starting = None
         self._pool.reopen()
         _settle(known)
@@ -345,6 +385,7 @@ class SQLAlchemySession(DatabaseSession):
         if starting is not None:
             starting.cancel()
             await asyncio.wait({starting}, timeout=self._shutdown_timeout)
+        closing = [] if self._replicas is None else [asyncio.create_task(self._replicas.stop())]
         late = await self._pool.drain(self._shutdown_timeout)
         if late:
             logger.warning(
@@ -353,6 +394,7 @@ class SQLAlchemySession(DatabaseSession):
                 self._place(),
                 self._shutdown_timeout,
             )
+        await asyncio.gather(*closing)
         await self._engine.dispose()
 
     async def __aenter__(self) -> Self:
@@ -368,13 +410,17 @@ class SQLAlchemySession(DatabaseSession):
         Raises:
             UnavailableError, DeadlineExceededError: there is none within ``connect_timeout``.
         """
-        with deadline(self.dialect.timeouts.connect):
+        with deadline(self.dialect.timeouts.connect), reads_from_primary():
             await self.perform(self.dialect.fetch, _Ping, ())
 
     def pool_status(self) -> PoolStatus:
-        """Return how many connections there are, lent and idle, and how many tasks wait for one."""
+        """Return how many connections there are, lent and idle, and how many tasks wait for one; to the primary."""
         pool = self._pool
         return PoolStatus(pool.size(), pool.checkedout(), pool.checkedin(), pool.waiting())
+
+    def replica_status(self) -> "list[ReplicaStatus]":
+        """Return of each replica whether it is read from, how far it is behind, and how much it has to do."""
+        return [] if self._replicas is None else self._replicas.status()
 
     def observe(self, observer: Observer) -> None:
         """Have ``observer`` called after every statement, in the task that sent it, with a ``StatementEvent``.
@@ -384,6 +430,8 @@ class SQLAlchemySession(DatabaseSession):
         if self._observation is None:
             self._observation = Observation(self.dialect, self._engine.sync_engine)
         self._observation.add(observer)
+        for replica in [] if self._replicas is None else self._replicas.sessions():
+            replica.observe(observer)
 
     async def create_tables(self, metadata: sa.MetaData) -> None:
         """Create the tables that do not exist; for tests and demos, migrations are Alembic's."""
@@ -415,6 +463,26 @@ class SQLAlchemySession(DatabaseSession):
             return f"{self.dialect_name} {url.database or 'in memory'}"
         port = url.port or self.dialect.default_port
         return f"{self.dialect_name} at {url.host}{f':{port}' if port else ''}"
+
+    # What replicas are made of
+
+    @property
+    def pool(self) -> ConnectionPool:
+        """The pool that everything of the session runs on."""
+        return self._pool
+
+    def open_pool(self) -> None:
+        """Lend connections without having made one: a server that is not there is not the caller's first concern."""
+        self._pool.reopen()
+
+    async def look(self, operation: Operation) -> Any:
+        """Run an operation that asks the server about itself, on a first connection if need be."""
+        if not self._is_connected:
+            try:
+                await self._open_first()
+            except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
+                raise ConnectionLostError(_reason(error, self.dialect)) from driver_error(error)
+        return await self.perform(operation, _Ping, ())
 
     # What repositories run on
 
@@ -541,7 +609,7 @@ class SQLAlchemySession(DatabaseSession):
 
     def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:
         self._pool.check_open()
-        return _SQLAlchemyTransaction(self._pool, self.dialect, self.dialect.check_isolation(isolation), read_only)
+        return SQLAlchemyTransaction(self._pool, self.dialect, self.dialect.check_isolation(isolation), read_only)
 
     # Any Core statement
 
@@ -557,7 +625,7 @@ class SQLAlchemySession(DatabaseSession):
 
     def _run(self, connection: PooledConnection, statement: Any, parameters: Any) -> Any:
         # The Connection is never closed: that would end the transaction and return the connection.
-        result = Connection(self._engine.sync_engine, connection).execute(statement, parameters)
+        result = Connection(connection.pool.engine, connection).execute(statement, parameters)
         if not result.returns_rows:
             result.close()
             return result
@@ -571,7 +639,7 @@ class SQLAlchemySession(DatabaseSession):
         own = self.dialect.streams_in_transaction and not self.dialect.in_transaction(connection)
         if own:
             await self.dialect.begin(connection, None, True)
-        core = Connection(self._engine.sync_engine, connection).execution_options(stream_results=True)
+        core = Connection(connection.pool.engine, connection).execution_options(stream_results=True)
         result = await self.dialect.spawn(connection, core.execute, statement, parameters)
         try:
             while rows := await self.dialect.spawn(connection, result.fetchmany, 1000):
@@ -601,7 +669,7 @@ class _UsersConnection(Connection):
             raise
 
 
-class _SQLAlchemyTransaction(TransactionBackend):
+class SQLAlchemyTransaction(TransactionBackend):
     """One connection, between BEGIN and its return to the pool."""
 
     def __init__(self, pool: ConnectionPool, dialect: PortableDialect, isolation: str | None, read_only: bool) -> None:
@@ -739,6 +807,15 @@ def _checked(url: str | URL) -> URL:
         driver = _ASYNC_DRIVERS.get(name, ("an asynchronous driver", ""))[0]
         raise ValueError(f"{parsed.drivername}:// has no asynchronous driver; write {name}+{driver}://")
     return parsed
+
+
+def _checked_replica(url: str | URL, primary: URL) -> URL:
+    place = _checked(url)
+    if place.drivername != primary.drivername:
+        raise ValueError(
+            f"a replica has its primary's kind and driver: {primary.drivername}://, not {place.drivername}://"
+        )
+    return place
 
 
 def _check_knobs(numbers: tuple[int, int, int], seconds: tuple[float | None, ...]) -> None:

@@ -30,8 +30,9 @@ from fastapi_building_blocks.domain.errors import (
 )
 from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
+from fastapi_building_blocks.infrastructure.database.consistency import Position
 
-from .portable import Failure, PortableDialect, Row
+from .portable import Failure, PortableDialect, Replayed, Row
 
 # https://mariadb.com/kb/en/mariadb-error-code-reference/ and
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
@@ -112,6 +113,22 @@ class _Uptime:
 
     sql = "SHOW GLOBAL STATUS LIKE 'Uptime'"
     name = "uptime"
+
+
+class _Written:
+    """The question how far a MariaDB primary is: the last transaction of each domain in its binary log."""
+
+    sql = "SELECT @@gtid_binlog_pos, @@log_bin"
+    name = "position"
+    reads = True
+
+
+class _Replayed:
+    """The question how far a MariaDB replica is, what it has in a log of its own, and who it is."""
+
+    sql = "SELECT @@gtid_slave_pos, @@gtid_binlog_pos, @@server_id"
+    name = "replica position"
+    reads = True
 
 
 class MySQLDialect(PortableDialect):
@@ -197,6 +214,25 @@ class MySQLDialect(PortableDialect):
                 raise
             await asyncio.sleep(_KILL_POLL)
 
+    @property
+    def tells_positions(self) -> bool:
+        return self.is_mariadb  # MySQL's are sets, which nothing here compares
+
+    async def written(self, connection: PooledConnection, statement: Any, arguments: Any) -> Position | None:
+        if not self.is_mariadb:
+            return None
+        [[written, is_logged]] = await self.fetch(connection, _Written, ())
+        return _position(written) if is_logged else None
+
+    async def replayed(self, connection: PooledConnection, statement: Any, arguments: Any) -> Replayed:
+        if not self.is_mariadb:
+            return await super().replayed(connection, statement, arguments)
+        [[replayed, logged, server]] = await self.fetch(connection, _Replayed, ())
+        position = _position(replayed)
+        # Once it writes by itself, its own transactions are later than those that it has replayed.
+        own = [(log, place) for log, by, place in _transactions(logged) if by == int(server)]
+        return Replayed(all(position.get(log, 0) >= place for log, place in own), position)
+
     def error_code(self, error: BaseException) -> str | None:
         code = error.args[0] if error.args else None
         return str(code) if isinstance(code, int) and not isinstance(error, OSError) else None
@@ -269,6 +305,16 @@ class MySQLDialect(PortableDialect):
             f"WHERE table_schema = {schema} AND table_name = :name"
         )
         return query.bindparams(name=table.name, **({"schema": table.schema} if table.schema else {}))
+
+
+def _transactions(text: str) -> list[tuple[int, int, int]]:
+    """Return the domain, server and number of each of some GTIDs: https://mariadb.com/kb/en/gtid/."""
+    parts = [gtid.strip().split("-") for gtid in text.split(",") if gtid.strip()]
+    return [(int(domain), int(server), int(number)) for domain, server, number in parts]
+
+
+def _position(text: str) -> dict[int, int]:
+    return {domain: number for domain, _, number in _transactions(text)}
 
 
 def _unique_keys(table: sa.Table) -> list[list[sa.Column[Any]]]:

@@ -17,6 +17,7 @@ from sqlalchemy.util import greenlet_spawn
 from fastapi_building_blocks.domain.errors import BuildingBlocksError, ConnectionLostError, UnsupportedOperationError
 from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
+from fastapi_building_blocks.infrastructure.database.consistency import Position
 
 Row = Sequence[Any]
 Processor = Callable[[Any], Any]
@@ -47,6 +48,24 @@ class Failure:
     constraint: str | None = None
     """The name of the constraint or index, as the database has it."""
     columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a server says of itself as a replica."""
+
+    is_replica: bool
+    """Whether it replays what another server has written; False once it was promoted."""
+    position: Position | None
+    """How far it is; None: it does not say."""
+
+
+class _IsThere:
+    """The question whether a server answers."""
+
+    sql = "SELECT 1"
+    name = "replica"
+    reads = True
 
 
 class PortableDialect:
@@ -242,6 +261,22 @@ class PortableDialect:
 
     async def end_abandoned(self, connection: PooledConnection, helper: PooledConnection) -> None:
         """Have the server end that statement and the connection, by a command on another one."""
+
+    # Replicas
+
+    @property
+    def tells_positions(self) -> bool:
+        """Whether a primary and its replicas say how far they are; otherwise replicas are trusted after a time."""
+        return False
+
+    async def written(self, connection: PooledConnection, statement: Any, arguments: Any) -> Position | None:
+        """Return how far the primary has written; None: it is none, or does not say."""
+        return None
+
+    async def replayed(self, connection: PooledConnection, statement: Any, arguments: Any) -> Replayed:
+        """Return how far a replica is."""
+        await self.fetch(connection, _IsThere, ())
+        return Replayed(True, None)
 
     # Errors
 

@@ -28,6 +28,7 @@ from fastapi_building_blocks.domain.errors import (
 )
 from fastapi_building_blocks.domain.query import Operator
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
+from fastapi_building_blocks.infrastructure.database.consistency import Position
 from fastapi_building_blocks.infrastructure.database.plain_types import (
     moment_from_iso,
     utc_from_aware,
@@ -35,7 +36,7 @@ from fastapi_building_blocks.infrastructure.database.plain_types import (
 )
 from fastapi_building_blocks.infrastructure.database.types import BinaryString, ExactDecimal, UtcDateTime
 
-from .portable import Failure, PortableDialect, Processor, Row, on_conflict
+from .portable import Failure, PortableDialect, Processor, Replayed, Row, on_conflict
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _BY_CODE: dict[str, type[BuildingBlocksError]] = {
@@ -73,6 +74,27 @@ _PIPELINE = 1_000
 """Statements that are sent without waiting for the answer to each."""
 _BATCH = 5_000
 """Rows of a bulk INSERT that are in memory at once, where COPY cannot take them."""
+
+
+_PAGE, _PAGE_HEADER = 8192, 24
+_SEGMENT, _SEGMENT_HEADER = 1 << 20, 40
+"""Bytes of the log; a segment is one or more of these."""
+
+
+class _Written:
+    """The question how far a primary is. Not what is flushed: with synchronous_commit=off a commit is not, at first."""
+
+    sql = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_insert_lsn()::text END"
+    name = "position"
+    reads = True
+
+
+class _Replayed:
+    """The question how far a replica is, and whether it is one."""
+
+    sql = "SELECT CASE WHEN pg_is_in_recovery() THEN 1 ELSE 0 END, pg_last_wal_replay_lsn()::text"
+    name = "replica position"
+    reads = True
 
 
 class PostgreSQLDialect(PortableDialect):
@@ -140,6 +162,18 @@ class PostgreSQLDialect(PortableDialect):
         # A BEGIN of SQLAlchemy's that was cancelled leaves asyncpg's mark: the next one would be a savepoint.
         return not connection.driver.is_in_transaction() and connection.driver._top_xact is None
 
+    @property
+    def tells_positions(self) -> bool:
+        return True
+
+    async def written(self, connection: PooledConnection, statement: Any, arguments: Any) -> Position | None:
+        [[place]] = await self.fetch(connection, _Written, ())
+        return _position(place)
+
+    async def replayed(self, connection: PooledConnection, statement: Any, arguments: Any) -> Replayed:
+        [[is_replica, place]] = await self.fetch(connection, _Replayed, ())
+        return Replayed(bool(is_replica), _position(place))
+
     def error_code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlstate", None)
 
@@ -185,6 +219,20 @@ class PostgreSQLDialect(PortableDialect):
     def estimate(self, table: sa.Table) -> Any:
         quoted = ".".join(f'"{name}"' for name in (table.schema, table.name) if name)
         return sa.text("SELECT reltuples::bigint FROM pg_class WHERE oid = to_regclass(:name)").bindparams(name=quoted)
+
+
+def _position(place: str | None) -> Position | None:
+    """Return a place in the log (LSN) as a position. A timeline is none of its own: the log goes on where it forked."""
+    if place is None:
+        return None
+    high, low = place.split("/")
+    number = (int(high, 16) << 32) + int(low, 16)
+    # Where a page has just begun, the next record is after its header, and the last one ends before.
+    if number % _SEGMENT == _SEGMENT_HEADER:
+        number -= _SEGMENT_HEADER
+    elif number % _PAGE == _PAGE_HEADER:
+        number -= _PAGE_HEADER
+    return {0: number}
 
 
 def _is_closed(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from fastapi_building_blocks.domain.errors import (
 )
 from fastapi_building_blocks.domain.query import Criterion, CursorPage, CursorRequest, Page, PageRequest
 from fastapi_building_blocks.domain.repository import Lock, SortKeys
+from fastapi_building_blocks.infrastructure.database.consistency import reads_from_primary
 from fastapi_building_blocks.infrastructure.database.session import DatabaseSession, Transaction
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_session import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.streams import StreamReader
@@ -431,7 +432,8 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
     ) -> T | None:
         statement = self._sql.by_fields(keys, lock, deleted_too)
         arguments = statement.bind([values[self._sql.place(name)] for name in keys])
-        rows = await session.perform(self._sql.dialect.fetch, statement, arguments)
+        with reads_from_primary():  # it decides about a write
+            rows = await session.perform(self._sql.dialect.fetch, statement, arguments)
         return self._entity(self._sql.one(rows[0])) if rows else None
 
     async def _unclashed(self, work: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -723,8 +725,9 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         """Return why an update touched nothing."""
         if versioned:
             statement = self._sql.by_key(None, self._deleted_too)
-            if await session.perform(self._sql.dialect.fetch, statement, statement.bind(key)):
-                return self._stale()
+            with reads_from_primary():
+                if await session.perform(self._sql.dialect.fetch, statement, statement.bind(key)):
+                    return self._stale()
         return self._missing()
 
     @asynccontextmanager
