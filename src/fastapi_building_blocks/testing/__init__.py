@@ -21,6 +21,7 @@ from fastapi_building_blocks.testing.database_servers import (  # noqa: E402
     MissingServer,
     PgBouncerServer,
     PostgreSQLServer,
+    RedisSentinelServer,
     RedisServer,
 )
 from fastapi_building_blocks.testing.fault_proxy import FaultProxy  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "MissingServer",
     "PgBouncerServer",
     "PostgreSQLServer",
+    "RedisSentinelServer",
     "RedisServer",
     "RepositoryContract",
     "StormReport",

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _BEAT: Final = 0.5
 """Seconds between two looks at a Redis that works: whether it is there, and the same that it was."""
+_FIRST_PROBE: Final = 0.02
 _PROBE: Final = 0.25
 """The longest pause between two attempts to find it back."""
 _GRACE: Final = 1.0
@@ -90,6 +91,7 @@ class RedisCache(Cache):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._identity: str | None = None
         self._is_closed = False
+        self._is_lost = asyncio.Event()
         self._last_answer = 0.0
         self._return_at = 0.0
         self._full_until = 0.0
@@ -240,11 +242,12 @@ class RedisCache(Cache):
         if keys:
             commands += [("MGET", *keys)] if alone else [("GET", key) for key in keys]
         try:
-            answers = await self._within(self._execute(commands), self._timeout)
+            answers = await self._within(self._execute(commands, with_pings=bool(keys)), self._timeout)
             values: Any = answers[len(turn.commands) :]
             if alone and keys:
                 values = values[0]
             failure = values if isinstance(values, Exception) else _first_failure(values)
+            values = values if isinstance(values, Exception) else values[: len(keys)]
             if failure is not None:
                 raise failure
         except Exception as error:  # noqa: BLE001 - the driver's, the system's: all of them say that it is not there
@@ -262,9 +265,17 @@ class RedisCache(Cache):
             if self._turn is not None:
                 self._send()
 
-    async def _execute(self, commands: Sequence[Command]) -> list[Any]:
+    async def _execute(self, commands: Sequence[Command], *, with_pings: bool = False) -> list[Any]:
+        """Return the answers to commands, some of which may be errors.
+
+        Args:
+            with_pings: in a Cluster, have every primary answer as well. Where one of them is gone, a process that wrote
+                to it keeps all of its invalidations back, so nobody may go on reading from the others.
+        """
         if self._client is None:
             self._client = self._place.client()
+        if self._place.kind == "cluster":
+            return await self._execute_in_cluster(commands, with_pings)
         if len(commands) == 1:
             try:
                 return [await self._client.execute_command(*commands[0])]
@@ -276,21 +287,39 @@ class RedisCache(Cache):
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
             return answers
 
+    async def _execute_in_cluster(self, commands: Sequence[Command], with_pings: bool) -> list[Any]:
+        await self._client.initialize()
+        async with self._client.pipeline() as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            for node in self._client.get_primaries() if with_pings else ():
+                pipeline.execute_command("PING", target_nodes=node)
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
+            return answers
+
     async def _within(self, call: Any, seconds: float) -> Any:
         """Await a call, but no longer than this; an answer that has come while the event loop was busy counts."""
-        task = asyncio.ensure_future(call)
-        try:
-            await asyncio.wait((task,), timeout=seconds)
-            for _ in range(5):
-                if task.done():
-                    return task.result()
-                await asyncio.sleep(0)
-            raise TimeoutError(f"no answer within {seconds} s")
-        finally:
-            if not task.done():
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        is_late = False
+        timer: asyncio.Handle | None = None
+
+        def expire(turns: int) -> None:
+            nonlocal timer, is_late
+            if turns:
+                timer = loop.call_soon(expire, turns - 1)
+            elif task is not None:
+                is_late = True
                 task.cancel()
-                with suppress(BaseException):
-                    await asyncio.wait((task,), timeout=1)
+
+        timer = loop.call_later(seconds, expire, 5)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if is_late and task is not None and task.uncancel() <= 0:
+                raise TimeoutError(f"no answer within {seconds} s") from None
+            raise
+        finally:
+            timer.cancel()
 
     def _fail_turn(self) -> None:
         turn, self._turn = self._turn, None
@@ -307,6 +336,7 @@ class RedisCache(Cache):
                 extra={"error": type(error).__name__ if isinstance(error, Exception) else error},
             )
         self.figures.state = "open"
+        self._is_lost.set()
         self._fail_turn()
 
     def _note_full(self) -> None:
@@ -317,11 +347,17 @@ class RedisCache(Cache):
             logger.warning("the cache is full and evicts nothing; what is read from the database is not kept")
 
     async def _watch(self) -> None:
-        pause = _BEAT
+        pause = _FIRST_PROBE
         while True:
-            await asyncio.sleep(pause * random.uniform(0.8, 1.0))  # noqa: S311 - not in step with others
+            self._is_lost.clear()
+            with suppress(TimeoutError):
+                # What could not be removed is removed as soon as it can be.
+                await asyncio.wait_for(
+                    self._is_lost.wait() if self.figures.state == "closed" else asyncio.sleep(pause),
+                    _BEAT * random.uniform(0.8, 1.0),  # noqa: S311 - not in step with others
+                )
             await self._look()
-            pause = _BEAT if self.figures.state == "closed" else min(pause * 2, _PROBE) if pause < _PROBE else _PROBE
+            pause = _FIRST_PROBE if self.figures.state == "closed" else min(pause * 2, _PROBE)
 
     async def _look(self) -> None:
         """See whether Redis is there, and lead the circuit back to closed, step by step."""

@@ -25,6 +25,7 @@ _FORMAT: Final = "1"
 """Grows when the same row would become other bytes."""
 _PLAIN: Final = frozenset({type(None), bool, int, float, str})
 _DEEPEST: Final = 200
+_read_json: Final = json.JSONDecoder().decode
 
 
 class _Unencodable(Exception):  # noqa: N818 - a signal of this module
@@ -62,7 +63,7 @@ class RowCodec:
         if zlib.crc32(body).to_bytes(4, "big") != data[:4]:
             return None
         try:
-            values, marks = json.loads(body)
+            values, marks = _read_json(body.decode("ascii"))
             for place, kind in marks:
                 values[place] = self._enums[place][values[place]] if kind == "e" else _LOADERS[kind](values[place])
         except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError):
@@ -133,7 +134,7 @@ _DUMPERS: Final[Mapping[type, tuple[str, Callable[[Any], Any]]]] = {
     bytes: ("b", lambda value: base64.b64encode(value).decode()),
 }
 _LOADERS: Final[Mapping[str, Callable[[Any], Any]]] = {
-    "u": UUID,
+    "u": lambda value: UUID(int=int(value, 16)),
     "d": datetime.fromisoformat,
     "a": date.fromisoformat,
     "i": time.fromisoformat,
