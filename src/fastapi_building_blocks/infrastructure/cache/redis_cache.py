@@ -92,6 +92,7 @@ class RedisCache(Cache):
         self._identity: str | None = None
         self._is_closed = False
         self._is_lost = asyncio.Event()
+        self._looking = asyncio.Lock()
         self._last_answer = 0.0
         self._return_at = 0.0
         self._full_until = 0.0
@@ -199,7 +200,10 @@ class RedisCache(Cache):
         return commands
 
     def _keep_pending(self, noted: dict[str, tuple[bool, float]]) -> None:
-        self._pending.update(noted)
+        for key, (is_generation, until) in noted.items():
+            # A table stays held for the write that is in doubt; a row's next write has seen that one end.
+            held = self._pending[key][1] if is_generation and key in self._pending else 0.0
+            self._pending[key] = (is_generation, max(until, held))
         if len(self._pending) > _MOST_PENDING:
             self._distrusts_all = True
             kept = {key: kind for key, kind in self._pending.items() if kind[0]}
@@ -348,19 +352,24 @@ class RedisCache(Cache):
 
     async def _watch(self) -> None:
         pause = _FIRST_PROBE
-        while True:
+        while not self._is_closed:
             self._is_lost.clear()
-            with suppress(TimeoutError):
-                # What could not be removed is removed as soon as it can be.
-                await asyncio.wait_for(
-                    self._is_lost.wait() if self.figures.state == "closed" else asyncio.sleep(pause),
-                    _BEAT * random.uniform(0.8, 1.0),  # noqa: S311 - not in step with others
-                )
+            if self.figures.state == "closed":
+                # Not in step with others, and at once where it is lost: what could not be removed waits for that.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_BEAT * random.uniform(0.8, 1.0)):  # noqa: S311 - no secret
+                        await self._is_lost.wait()
+            else:
+                await asyncio.sleep(pause)
             await self._look()
             pause = _FIRST_PROBE if self.figures.state == "closed" else min(pause * 2, _PROBE)
 
     async def _look(self) -> None:
         """See whether Redis is there, and lead the circuit back to closed, step by step."""
+        async with self._looking:
+            await self._look_alone()
+
+    async def _look_alone(self) -> None:
         try:
             if self.figures.state == "open":
                 await self._drop_client()  # what it knows of servers and connections may be old
