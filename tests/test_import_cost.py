@@ -13,7 +13,18 @@ FOUNDATION = "import sqlalchemy.ext.asyncio, fastapi"
 OWN = {"fastapi_building_blocks", "pydantic_settings", "dotenv"}
 # pydantic-settings' command line, SQLAlchemy's SQLite dialect, and thread pools.
 OWN_OF_THE_STANDARD_LIBRARY = {"argparse", "gettext", "_sqlite3", "sqlite3", "_queue", "queue"}
-EXPENSIVE = {"alembic", "aiomysql", "aioodbc", "aiosqlite", "asyncmy", "asyncpg", "hypothesis", "pymysql", "pytest"}
+EXPENSIVE = {
+    "alembic",
+    "aiomysql",
+    "aioodbc",
+    "aiosqlite",
+    "asyncmy",
+    "asyncpg",
+    "hypothesis",
+    "pymysql",
+    "pytest",
+    "redis",
+}
 
 
 def imported_by(statement: str) -> set[str]:

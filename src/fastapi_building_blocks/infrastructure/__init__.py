@@ -1,5 +1,7 @@
 """Sessions, units of work, repositories and settings: what a service's infrastructure is built from."""
 
+from fastapi_building_blocks.infrastructure.cache.cache import Cache, CacheStatistics, InMemoryCache
+from fastapi_building_blocks.infrastructure.cache.redis_cache import RedisCache
 from fastapi_building_blocks.infrastructure.database.consistency import (
     current_consistency_token,
     eventual_reads,
@@ -20,17 +22,23 @@ from fastapi_building_blocks.infrastructure.database.types import (
     version_column,
 )
 from fastapi_building_blocks.infrastructure.persistence.repositories.base import BaseRepository
+from fastapi_building_blocks.infrastructure.persistence.repositories.cached_repository import CachedRepository
 from fastapi_building_blocks.infrastructure.persistence.repositories.sqlalchemy_repository import SQLAlchemyRepository
 from fastapi_building_blocks.infrastructure.persistence.unit_of_work import UnitOfWork
 
 __all__ = [
     "BaseRepository",
     "BinaryString",
+    "Cache",
+    "CacheStatistics",
+    "CachedRepository",
     "DatabaseSession",
     "DatabaseSettings",
     "ExactDecimal",
+    "InMemoryCache",
     "InMemorySession",
     "PoolStatus",
+    "RedisCache",
     "ReplicaStatus",
     "SQLAlchemyRepository",
     "SQLAlchemySession",

@@ -24,6 +24,7 @@ from fastapi_building_blocks.testing.database_servers import (  # noqa: E402
     PgBouncerServer,
     PostgreSQLReplica,
     PostgreSQLServer,
+    RedisSentinelServer,
     RedisServer,
 )
 from fastapi_building_blocks.testing.fault_proxy import FaultProxy  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "PgBouncerServer",
     "PostgreSQLReplica",
     "PostgreSQLServer",
+    "RedisSentinelServer",
     "RedisServer",
     "RepositoryContract",
     "StormReport",

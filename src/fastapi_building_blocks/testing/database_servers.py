@@ -426,6 +426,36 @@ class RedisServer(DatabaseServer):
         return [_program("redis-server", self.installs), *options]
 
 
+class RedisSentinelServer(DatabaseServer):
+    """A Sentinel that watches a Redis server and its replicas under the name ``service``, alone: its quorum is 1.
+
+    Args:
+        primary: the server to watch; it is started and closed by whoever made it.
+        settings: of the watched service, for example ``{"down-after-milliseconds": 500}``.
+    """
+
+    installs = "`apt install redis-server`"
+    _ready = b"+monitor master"
+
+    def __init__(self, primary: RedisServer, settings: Mapping[str, object] | None = None) -> None:
+        super().__init__(settings)
+        self._primary = primary
+
+    @property
+    def url(self) -> str:
+        return f"redis+sentinel://{self.host}:{self.port}/service/0"
+
+    def _prepare(self, directory: Path) -> None:
+        _program("redis-server", self.installs)
+        lines = [f"bind {self.host}", f"port {self.port}", f"dir {directory}"]
+        lines.append(f"sentinel monitor service {self._primary.host} {self._primary.port} 1")
+        lines += [f"sentinel {name} service {value}" for name, value in self._settings.items()]
+        (directory / "conf").write_text("\n".join([*lines, ""]))
+
+    def _command(self, directory: Path) -> list[str]:
+        return [_program("redis-server", self.installs), str(directory / "conf"), "--sentinel"]
+
+
 class PgBouncerServer(DatabaseServer):
     """PgBouncer in transaction mode in front of a PostgreSQL server, with its own defaults otherwise.
 

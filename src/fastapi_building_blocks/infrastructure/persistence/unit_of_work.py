@@ -4,12 +4,18 @@ import asyncio
 import enum
 import inspect
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
-from fastapi_building_blocks.domain.errors import DeadlineExceededError, TransientError, UnavailableError
+from fastapi_building_blocks.domain.errors import (
+    CommitOutcomeUnknownError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    TransientError,
+    UnavailableError,
+)
 from fastapi_building_blocks.infrastructure.database.deadlines import time_left
 from fastapi_building_blocks.infrastructure.database.session import (
     DatabaseSession,
@@ -24,21 +30,35 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 Hook = Callable[[], Awaitable[None] | None]
 
+_MAY_HAVE_COMMITTED = (CommitOutcomeUnknownError, ConnectionLostError, DeadlineExceededError)
+
 _unfinished: set[asyncio.Task[Any]] = set()
 
 
 async def to_the_end(work: Coroutine[Any, Any, Answer]) -> Answer:
     """Await ``work`` in a task that finishes even when the caller is cancelled meanwhile."""
+    return await asyncio.shield(in_background(work))
+
+
+def in_background(work: Coroutine[Any, Any, Answer]) -> "asyncio.Task[Answer]":
+    """Start ``work`` in a task that is kept until it has ended."""
     task = asyncio.ensure_future(work)
     _unfinished.add(task)
     task.add_done_callback(_finished)
-    return await asyncio.shield(task)
+    return task
 
 
 def _finished(task: asyncio.Task[Any]) -> None:
     _unfinished.discard(task)
     if not task.cancelled():
         task.exception()  # marks it as seen: a cancelled caller no longer listens
+
+
+class AfterCommit(NamedTuple):
+    """What one part of the program wants to know of a unit's end."""
+
+    callback: Hook
+    in_doubt: Hook | None
 
 
 class _State(enum.Enum):
@@ -74,7 +94,7 @@ class UnitOfWork(Transaction):
         self._connection: Any = None
         self._cause: BaseException | None = None
         self._whole_unit_failed = False
-        self._hooks: list[Hook] = []
+        self._hooks: list[AfterCommit] = []
         self._savepoints = 0
         self._nested: AbstractAsyncContextManager[None]
 
@@ -89,6 +109,21 @@ class UnitOfWork(Transaction):
     @property
     def read_only(self) -> bool:
         return self._read_only
+
+    @property
+    def isolation(self) -> str | None:
+        """The isolation level that was asked for; None: the database's default."""
+        return self.outermost._isolation
+
+    @property
+    def outermost(self) -> "UnitOfWork":
+        """The unit of work whose COMMIT decides: this one, unless it is a savepoint of another."""
+        return self._outer.outermost if isinstance(self._outer, UnitOfWork) else self
+
+    @property
+    def after_commit(self) -> Sequence[AfterCommit]:
+        """What ``on_commit`` has been given and no rollback to a savepoint has taken back."""
+        return self.outermost._hooks
 
     # Beginning and ending
 
@@ -144,12 +179,20 @@ class UnitOfWork(Transaction):
             await self._roll_back()
 
     async def _commit(self) -> None:
-        await self._backend.commit()
+        try:
+            await self._backend.commit()
+        except BaseException as error:
+            if not isinstance(error, Exception) or isinstance(error, _MAY_HAVE_COMMITTED):
+                await self._run_hooks(in_doubt=True)
+            raise
         await self._run_hooks()
 
-    async def _run_hooks(self) -> None:
+    async def _run_hooks(self, *, in_doubt: bool = False) -> None:
         """Call every hook; the transaction is committed, so a hook that fails is logged and changes nothing."""
-        for hook in self._hooks:
+        for after in self._hooks:
+            hook = after.in_doubt if in_doubt else after.callback
+            if hook is None:
+                continue
             try:
                 answer = hook()
                 if inspect.isawaitable(answer):
@@ -332,14 +375,18 @@ class UnitOfWork(Transaction):
     def all_or_none(self) -> AbstractAsyncContextManager[None]:
         return self._outer.all_or_none() if self._outer is not None else _Savepoint(self, forgives=False)
 
-    def on_commit(self, callback: Hook) -> None:
+    def on_commit(self, callback: Hook, *, in_doubt: Hook | None = None) -> None:
+        """Have ``callback`` called, and awaited, after COMMIT has succeeded; never on a rollback.
+
+        Args:
+            in_doubt: called instead where nobody knows whether COMMIT has succeeded (``CommitOutcomeUnknownError``).
+        """
         self._check_open()
         if not callable(callback):
             raise TypeError("an after-commit hook is a function, called without arguments")
-        if self._outer is not None:
-            self._outer.on_commit(callback)
-        else:
-            self._hooks.append(callback)
+        outermost = self.outermost
+        outermost._check_open()
+        outermost._hooks.append(AfterCommit(callback, in_doubt))
 
 
 class _Undo(Exception):  # noqa: N818 - a signal, never seen by a caller

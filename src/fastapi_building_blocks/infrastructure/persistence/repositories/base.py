@@ -155,6 +155,20 @@ class BaseRepository(DeclaredRepository[T]):
 
         return [self._load(row) for row in await self._perform(read) if row is not None and self._is_visible(row)]
 
+    async def _rows_by(self, names: tuple[str, ...], keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        primary = names == self._declaration.key
+
+        async def read(connection: InMemoryTransaction) -> list[Row]:
+            found = keys if primary else [connection.owner(self._name, names, key) for key in keys]
+            rows = [connection.row(self._name, key) for key in found if key is not None]
+            return [row for row in rows if row is not None]
+
+        rows: list[tuple[Any, ...]] = await self._perform(read)
+        return rows
+
+    def _entity_of(self, row: Sequence[Any]) -> T:
+        return self._load(tuple(row))
+
     async def get_all(
         self,
         *criteria: Criterion,

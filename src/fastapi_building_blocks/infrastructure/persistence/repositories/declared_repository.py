@@ -312,6 +312,21 @@ class DeclaredRepository(Repository[T]):
         view._deleted_too = True
         return view
 
+    # What a cache in front of a repository keeps: rows as Python values, which are plain, whatever the entity is
+
+    @abstractmethod
+    async def _rows_by(self, names: tuple[str, ...], keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Return the rows with these values of a unique key, in any order, soft-deleted ones included.
+
+        Args:
+            names: the primary key, or another unique key as the declaration spells it.
+            keys: checked values; of another key than the primary one, a single key.
+        """
+
+    @abstractmethod
+    def _entity_of(self, row: Sequence[Any]) -> T:
+        """Return a new entity of a row of Python values, which nobody else holds."""
+
     def _missing(self) -> NotFoundError:
         return NotFoundError(f"no {self._declaration.entity_class.__name__} has this key", fields=self._declaration.key)
 

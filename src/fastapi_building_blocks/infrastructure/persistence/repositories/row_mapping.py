@@ -199,6 +199,14 @@ class RowMapping(Generic[T]):
         load: Callable[[Sequence[Any]], T] = _generated("load", lines, names)
         return load
 
+    def values(self, processors: Sequence[Processor | None]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+        """Return a function from a positional row to its Python values, of which ``one([None, ...])`` makes the entity."""
+        names, body = self._process_source(processors)
+        result = self._targets()
+        lines = ["def values(row):", f" {result} = row", *(f" {line}" for line in body), f" return ({result})"]
+        values: Callable[[Sequence[Any]], tuple[Any, ...]] = _generated("values", lines, names)
+        return values
+
     # Writing
 
     def _make_dump(self) -> Callable[[T], tuple[Any, ...]]:
@@ -272,8 +280,8 @@ class RowMapping(Generic[T]):
     def _targets(self) -> str:
         return "".join(f"v{index}, " for index in range(len(self.columns))).rstrip()
 
-    def _load_source(self, processors: Sequence[Processor | None]) -> tuple[Names, list[str]]:
-        """Return the lines that make the entity ``e`` of ``v0``, ``v1``..."""
+    def _process_source(self, processors: Sequence[Processor | None]) -> tuple[Names, list[str]]:
+        """Return the lines that make Python values of the driver's in ``v0``, ``v1``..."""
         names: Names = {}
         lines: list[str] = []
         for index, (column, processor) in enumerate(zip(self.columns, processors, strict=True)):
@@ -288,6 +296,11 @@ class RowMapping(Generic[T]):
                 names[f"p{index}"] = processor
                 always = not column.nullable or _maps_none(column)
                 lines.append(f"{'' if always else f'if {place} is not None: '}{place} = p{index}({place})")
+        return names, lines
+
+    def _load_source(self, processors: Sequence[Processor | None]) -> tuple[Names, list[str]]:
+        """Return the lines that make the entity ``e`` of ``v0``, ``v1``..."""
+        names, lines = self._process_source(processors)
         if self._row_class is None:
             more, made = self._converted_source()
             return names | more, lines + made

@@ -107,24 +107,41 @@ class SQLAlchemyRepository(DeclaredRepository[T]):
         wanted = [self._key_values(id) for id in ids]
         distinct = list(dict.fromkeys(wanted))
         found: dict[tuple[Any, ...], T] = {}
-        single = len(self._declaration.key) == 1
         key_of = self._sql.key_values
+        for rows in await self._rows_by_keys(distinct, self._deleted_too):
+            found.update(zip(map(key_of, rows), self._entities(self._sql.load(rows)), strict=True))
+        answers = [found[key] for key in wanted if key in found]
+        if len(wanted) != len(distinct):
+            answers = [copy.deepcopy(answer) for answer in answers]  # a repeat is an entity of its own
+        return answers
+
+    async def _rows_by_keys(self, distinct: Sequence[tuple[Any, ...]], deleted_too: bool) -> list[Sequence[Any]]:
+        """Return the driver's rows with these primary keys, statement by statement."""
+        answers: list[Sequence[Any]] = []
+        single = len(self._declaration.key) == 1
         size = _BATCH if single and self._sql.dialect.array_parameters else _LONGEST_KEY_LIST
         for start in range(0, len(distinct), size):
-            part = distinct[start : start + size]
+            part = list(distinct[start : start + size])
             if single and self._sql.dialect.array_parameters:
                 count, values = 0, [[key for (key,) in part]]
             else:
                 count = 1 << (len(part) - 1).bit_length()
                 part += [part[-1]] * (count - len(part))
                 values = [value for key in part for value in key]
-            statement = self._sql.by_keys(count, self._deleted_too)
-            rows = await self._session.perform(self._sql.dialect.fetch, statement, statement.bind(values))
-            found.update(zip(map(key_of, rows), self._entities(self._sql.load(rows)), strict=True))
-        answers = [found[key] for key in wanted if key in found]
-        if len(wanted) != len(distinct):
-            answers = [copy.deepcopy(answer) for answer in answers]  # a repeat is an entity of its own
+            statement = self._sql.by_keys(count, deleted_too)
+            answers.append(await self._session.perform(self._sql.dialect.fetch, statement, statement.bind(values)))
         return answers
+
+    async def _rows_by(self, names: tuple[str, ...], keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        sql = self._sql
+        if len(keys) > 1:
+            return [sql.values(row) for rows in await self._rows_by_keys(keys, True) for row in rows]
+        statement = sql.by_key(None, True) if names == self._declaration.key else sql.by_fields(names, None, True)
+        rows = await self._session.perform(sql.dialect.fetch, statement, statement.bind(keys[0]))
+        return [sql.values(row) for row in rows]
+
+    def _entity_of(self, row: Sequence[Any]) -> T:
+        return self._entity(self._sql.one_of_values(row))
 
     async def get_all(
         self,

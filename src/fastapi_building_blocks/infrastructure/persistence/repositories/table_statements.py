@@ -73,6 +73,10 @@ class TableStatements(Generic[T]):
         """From one of the driver's rows to its key as Python values."""
         self.load_values = mapping.loader([None] * len(processors))
         """From rows of Python values to entities."""
+        self.values = mapping.values(processors)
+        """From one of the driver's rows to its Python values."""
+        self.one_of_values = mapping.one([None] * len(processors))
+        """From a row of Python values to an entity."""
         self.always_written = tuple(name for name in mapping.names if name not in declaration.kept_by_update)
         self.never_written = frozenset(self._places[name] for name in declaration.never_written)
         """The places of the columns that no statement writes."""

@@ -1,0 +1,1 @@
+"""Caches that repositories keep rows in."""
