@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 
 from .soak import DATABASES, soak
@@ -12,7 +13,7 @@ def arguments() -> argparse.Namespace:
         prog="python -m tests.soak",
         description="Use PostgreSQL, MariaDB and SQLite in every way at once while servers and connections are broken, "
         "and compare what they hold with what was acknowledged. SIGINT and SIGTERM end it early, with the summary. "
-        "Exit code 1: an answer was wrong, an acknowledged write was lost, or a connection was not sound.",
+        "Exit code 1: an answer was wrong, an acknowledged write was lost, a connection was not sound, or memory leaks.",
     )
     parser.add_argument("--minutes", type=float, default=10, help="default %(default)s")
     parser.add_argument("--db", default=",".join(DATABASES), help="some of %(default)s")
@@ -27,4 +28,7 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = arguments()
+    if os.environ.get("PYTHONMALLOC") != "malloc":  # so that all memory in use can be counted
+        command = [sys.executable, "-m", "tests.soak", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "PYTHONMALLOC": "malloc"})
     sys.exit(asyncio.run(soak(given.db, given.minutes * 60, given.workers, given.seed)))

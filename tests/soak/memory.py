@@ -1,5 +1,6 @@
 """How much memory and how many files this process holds, and whether it becomes more."""
 
+import ctypes
 import gc
 import math
 import os
@@ -12,9 +13,44 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 15: 2.13, 20: 2.09}
 
 
-def resident_bytes() -> int:
-    """Return the memory that this process really occupies, without what only waits for the collector."""
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+def allocated_bytes() -> int | None:
+    """Return the memory that is in use, without what only waits for the collector; None: this system does not say.
+
+    Under ``PYTHONMALLOC=malloc`` all of Python's is among it. What a process occupies is more, and goes on growing for a
+    while: each thread gets a heap of its own, and its holes stay with the process.
+    """
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return None
     gc.collect()
+    mallinfo.restype = _Mallinfo
+    told = mallinfo()
+    return int(told.uordblks + told.hblkhd)
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process occupies."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
 
 
@@ -33,6 +69,10 @@ class Slope(NamedTuple):
     def is_zero(self) -> bool:
         """Whether it cannot be told from a level line."""
         return abs(self.slope) <= self.uncertainty
+
+    def rises_by(self, least: float) -> bool:
+        """Whether it surely rises by more than that."""
+        return self.slope - self.uncertainty > least
 
 
 def slope_of(samples: Sequence[tuple[float, float]]) -> Slope | None:

@@ -26,7 +26,7 @@ from fastapi_building_blocks.testing import (
 from tests.server_view import connections, open_transactions, until
 
 from .faults import Chaos
-from .memory import open_files, resident_bytes, slope_of
+from .memory import Slope, allocated_bytes, open_files, resident_bytes, slope_of
 from .truth import Truth, audit, prepare
 from .work import Tally, Worker
 
@@ -34,6 +34,8 @@ DATABASES = {"postgresql": PostgreSQLServer, "mariadb": MariaDBServer, "sqlite":
 SHOWN_EVERY = 10.0
 WARM_UP = 0.2
 """The part of the time after which memory is measured."""
+MOST_GROWTH = 0.1
+"""MiB a minute of memory in use that are no leak yet."""
 KNOBS: dict[str, Any] = {
     "pool_size": 5,
     "max_overflow": 5,
@@ -62,8 +64,10 @@ class Stand:
 class Samples:
     """What was measured at every audit, when nothing is in use."""
 
-    memory: list[tuple[float, float]] = field(default_factory=list)
-    """Seconds since the start, and bytes."""
+    allocated: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds since the start, and bytes of memory in use."""
+    resident: list[tuple[float, float]] = field(default_factory=list)
+    """The same of the memory that the process occupies."""
     files: list[int] = field(default_factory=list)
 
 
@@ -107,7 +111,9 @@ async def soak(names: Sequence[str], seconds: float, workers: int, seed: int | N
     elapsed = time.monotonic() - begun
     _summarize(stands, elapsed, tally, samples, log)
     print(f"file descriptors      {files_before} before, {open_files()} after; at audits {_range(samples.files)}")
-    failed = tally.failed or not stands  # what nobody handled is shown: SQLAlchemy leaves some behind by itself
+    growth = _line(samples.allocated)
+    # What nobody handled is shown only: SQLAlchemy leaves some behind by itself.
+    failed = tally.failed or not stands or (growth is not None and growth.rises_by(MOST_GROWTH))
     print("FAILED" if failed else "passed", flush=True)
     logging.getLogger().removeHandler(log)
     return int(failed)
@@ -151,7 +157,9 @@ async def _run(stands: list[Stand], seconds: float, stopping: asyncio.Event, tal
                     shown = loop.time()
                     _show(stands, loop.time() - begun, tally)
         await asyncio.gather(*[_audit(stand, tally) for stand in stands])
-        samples.memory.append((loop.time() - begun, resident_bytes()))
+        if (allocated := allocated_bytes()) is not None:
+            samples.allocated.append((loop.time() - begun, allocated))
+        samples.resident.append((loop.time() - begun, resident_bytes()))
         samples.files.append(open_files())
 
 
@@ -223,7 +231,7 @@ def _show(stands: list[Stand], elapsed: float, tally: Tally) -> None:
 
 
 def _summarize(stands: list[Stand], elapsed: float, tally: Tally, samples: Samples, log: _CountedLog) -> None:
-    print(f"\n{elapsed:.0f} s, {tally.requests.total():,} requests, {len(samples.memory)} audits")
+    print(f"\n{elapsed:.0f} s, {tally.requests.total():,} requests, {len(samples.resident)} audits")
     _table(
         "requests by kind",
         {f"{kind} (slowest {tally.longest[kind]:.2f} s)": count for kind, count in _most(tally.requests)},
@@ -249,7 +257,8 @@ def _summarize(stands: list[Stand], elapsed: float, tally: Tally, samples: Sampl
                 f"connections of {stand.name:<13} at most {stand.most_connections} seen by the server, the pool may "
                 f"open {limit}; left in a transaction at audits: {stand.idle_in_transaction}"
             )
-    print(f"memory                {_memory(samples.memory)}")
+    print(f"memory in use         {_memory(samples.allocated)}")
+    print(f"memory occupied       {_memory(samples.resident)}")
 
 
 def _most(counts: Counter[str]) -> list[tuple[str, int]]:
@@ -265,13 +274,22 @@ def _table(title: str, rows: dict[str, int]) -> None:
 def _memory(samples: list[tuple[float, float]]) -> str:
     if not samples:
         return "not measured"
-    warm = samples[int(len(samples) * WARM_UP) :]
-    line = slope_of([(seconds / 60, size / 2**20) for seconds, size in warm])
+    warm = _warm(samples)
+    line = _line(samples)
     level = f"{warm[0][1] / 2**20:.1f} MiB after warm-up, {warm[-1][1] / 2**20:.1f} MiB at the end"
     if line is None:
         return f"{level}; too few audits for a slope"
     verdict = "not distinguishable from 0" if line.is_zero else "it changes"
     return f"{level}; slope {line.slope:+.3f} ± {line.uncertainty:.3f} MiB/min ({verdict})"
+
+
+def _line(samples: list[tuple[float, float]]) -> Slope | None:
+    """Return the slope in MiB a minute, after the warm-up."""
+    return slope_of([(seconds / 60, size / 2**20) for seconds, size in _warm(samples)])
+
+
+def _warm(samples: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return samples[int(len(samples) * WARM_UP) :]
 
 
 def _range(values: list[int]) -> str:
