@@ -20,6 +20,7 @@ from .http_load import run_http  # noqa: E402
 from .layers import Layers, measure_layers, plot_layers  # noqa: E402
 from .measure import Result, measure_database  # noqa: E402
 from .operations import OPERATIONS, WrongAnswerError  # noqa: E402
+from .scaling import run_scaling  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "build" / "benchmarks.json"
@@ -28,7 +29,9 @@ PICTURE = ROOT / "docs" / "benchmarks.svg"
 LAYERS_PICTURE = ROOT / "docs" / "layers.svg"
 ROUNDS = 7
 HTTP = "http"
+SCALING = "scaling"
 HTTP_ROUNDS = 5
+PARTS = (*OPERATIONS, HTTP, SCALING)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,10 +40,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Measure raw drivers, SQLAlchemy Core by hand, this library, advanced-alchemy, FastCRUD and SQLModel "
         "in one interleaved run. PostgreSQL and MariaDB or MySQL are found by POSTGRES_URL and MYSQL_URL or on their "
         "default local ports, and each gets a private database that is dropped afterwards.",
-        epilog=f"Operations: {', '.join((*OPERATIONS, HTTP))}. Everything that was measured is left in build/benchmarks.json.",
+        epilog=f"Operations: {', '.join(PARTS)}. Everything that was measured is left in build/benchmarks.json.",
     )
     parser.add_argument("--db", type=_some_of(CONTESTANTS), default=list(CONTESTANTS), help="postgres,mysql,sqlite")
-    parser.add_argument("--ops", type=_some_of((*OPERATIONS, HTTP)), default=[*OPERATIONS, HTTP], help="get,page")
+    parser.add_argument("--ops", type=_some_of(PARTS), default=[*PARTS], help="get,page")
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help="default %(default)s; of the longest operations at most 3"
     )
@@ -85,7 +88,7 @@ async def measure_http(
 
 async def measure(options: argparse.Namespace, log: Callable[[str], None]) -> list[Result]:
     results = []
-    chosen = [OPERATIONS[operation] for operation in options.ops if operation != HTTP]
+    chosen = [OPERATIONS[operation] for operation in options.ops if operation in OPERATIONS]
     for name in options.db if chosen else ():
         result = await measure_database(
             name,
@@ -109,19 +112,24 @@ def main() -> None:
         log = logger()
         results = asyncio.run(measure(options, log))
         over_http, layers = asyncio.run(measure_http(options, log))
+        wanted = SCALING in options.ops and "postgres" in options.db
+        scaling = run_scaling(options.rounds, options.seconds, log) if wanted else None
     except WrongAnswerError as error:
         raise SystemExit(f"A wrong answer, so nothing is measured: {error}") from error
-    report.save(results, RESULTS)
+    report.save([*results, *([] if scaling is None else [scaling])], RESULTS)
     for result in results:
         print(f"\n{report.terminal(result)}")
     for title, table in report.http_tables(over_http):
         print(f"\n=== {title}\n\n{table.text()}")
+    for title, table in report.scaling_tables(scaling) if scaling is not None else ():
+        print(f"\n=== Scaling reads: {title}\n\n{table.text()}")
     whole = len(results) == len(CONTESTANTS) and options == arguments([])
     if options.write or whole:
         from .plot import plot  # noqa: PLC0415 - a large import, after everything was timed
 
+        more = report.http_sections(over_http) + ([] if scaling is None else report.scaling_section(scaling))
         command = "make bench" if whole else f"python -m benchmarks {shlex.join(sys.argv[1:])}"
-        PAGE.write_text(report.page(results, command, PICTURE.name, report.http_sections(over_http)))
+        PAGE.write_text(report.page(results, command, PICTURE.name, more))
         plot(report.panels(results), "time as a multiple of this library's (left of 1x is faster)", PICTURE)
         if layers:
             plot_layers(layers, LAYERS_PICTURE)

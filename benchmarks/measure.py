@@ -103,7 +103,7 @@ async def measure_database(
         for operation in operations:
             started = time.perf_counter()
             taking_part = [contestant for contestant in contestants if operation.takes_part(contestant)]
-            result.cells[operation.name] = await _measure(operation, taking_part, house, rounds, seconds)
+            result.cells[operation.name] = await measure_operation(operation, taking_part, house, rounds, seconds)
             log(f"{result.version}: {operation.title} ({time.perf_counter() - started:.0f} s)")
         return result
 
@@ -127,9 +127,10 @@ async def check_answers(
                     ) from error
 
 
-async def _measure(
+async def measure_operation(
     operation: Operation, contestants: Sequence[Contestant], house: Housekeeping, rounds: int, seconds: float
 ) -> dict[str, Cell]:
+    """Measure an operation: in each round every contestant once."""
     cells = {contestant.name: Cell() for contestant in contestants}
     for contestant in contestants:
         calls = 1 if operation.is_long else await _calls_in(seconds, operation, contestant, house)

@@ -78,9 +78,9 @@ def times(result: Result, clock: str = "wall") -> Table:
     )
 
 
-def ratios(result: Result) -> Table:
-    """Return the time of everybody as a multiple of ours."""
-    everybody = [name for name in contestants_of(result) if name != "ours"]
+def ratios(result: Result, to: str = "ours") -> Table:
+    """Return the time of everybody as a multiple of ours, or of another one's."""
+    everybody = [name for name in contestants_of(result) if name != to]
     return Table(
         ["operation", *everybody],
         [
@@ -88,7 +88,7 @@ def ratios(result: Result) -> Table:
                 OPERATIONS[name].title,
                 *(
                     "" if ratio is None else f"{ratio:.2f}"
-                    for ratio in (result.ratio(name, one, "ours") for one in everybody)
+                    for ratio in (result.ratio(name, one, to) for one in everybody)
                 ),
             ]
             for name in result.cells
@@ -220,6 +220,25 @@ def http_sections(results: Mapping[str, Any]) -> list[str]:
     sections = [part for title, table in http_tables(results) for part in (f"### {title}", table.markdown())]
     return ["## Over HTTP", _ABOUT_HTTP, *sections] if sections else []
 
+
+def scaling_tables(result: Result) -> Iterator[tuple[str, Table]]:
+    """Return what a read costs on replicas and from a cache."""
+    yield "Wall time per call", times(result)
+    yield "CPU time of the process per call", times(result, "cpu")
+    yield "Wall time as a multiple of that with one server", ratios(result, "one server")
+
+
+def scaling_section(result: Result) -> list[str]:
+    """Return the same as Markdown."""
+    tables = [part for title, table in scaling_tables(result) for part in (f"{title}:", table.markdown())]
+    return ["## Scaling reads", f"{result.version}. {_ABOUT_SCALING}", *tables]
+
+
+_ABOUT_SCALING = """\
+A repository's `get_by_id` of a thousand accounts, on one server, on two replicas, and behind a
+`CachedRepository` that has all of them. *Old rows allowed* is without causal routing (`eventual_reads()`); *own write replayed*
+is a context that has written what both replicas are known to have: the goal is 1.1 times the former at most. Here all servers
+and the process share the same cores, so replicas cannot show what they are for, more readers than one server answers."""
 
 _ABOUT_HTTP = """\
 One uvicorn process for each application, with uvloop and httptools as `uvicorn[standard]` brings them, 32 connections that are kept alive, and a load generator on the

@@ -18,7 +18,7 @@ def benchmarks() -> SimpleNamespace:
     for package in ("advanced_alchemy", "fastcrud", "matplotlib", "sqlmodel"):
         pytest.importorskip(package, reason="needs the extra 'bench', which `make bench` installs")
     with warnings.catch_warnings(action="ignore"):  # the peers' own imports
-        from benchmarks import __main__, databases, goals, measure, operations, plot, report
+        from benchmarks import __main__, databases, goals, measure, operations, plot, report, scaling
     return SimpleNamespace(
         main=__main__,
         databases=databases,
@@ -27,6 +27,7 @@ def benchmarks() -> SimpleNamespace:
         operations=operations,
         plot=plot,
         report=report,
+        scaling=scaling,
     )
 
 
@@ -114,6 +115,18 @@ async def test_each_round_times_everybody_once(benchmarks: SimpleNamespace, monk
         assert set(cells) == {kind.name for kind in kinds if kind().takes_part(operation)}
         assert all(len(cell.wall) == len(cell.cpu) == 2 and min(cell.wall) > 0 for cell in cells.values())
     assert lines
+
+
+@pytest.mark.slow
+def test_reads_from_replicas_and_caches_are_measured(benchmarks: SimpleNamespace):
+    lines: list[str] = []
+    result = benchmarks.scaling.run_scaling(rounds=1, seconds=0.001, log=lines.append)
+    if result is None:
+        pytest.skip(lines[-1])
+    names = {kind.name for kind in benchmarks.scaling.KINDS}
+    assert {operation: set(cells) for operation, cells in result.cells.items()} == {"get": names, "get64": names}
+    text = "\n".join(benchmarks.report.scaling_section(result))
+    assert all(name in text for name in names)
 
 
 def test_the_tables_say_which_goals_are_met(benchmarks: SimpleNamespace):
