@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import os
 import sys
 
 from .soak import DATABASES, soak
@@ -28,7 +27,4 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = arguments()
-    if os.environ.get("PYTHONMALLOC") != "malloc":  # so that all memory in use can be counted
-        command = [sys.executable, "-m", "tests.soak", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, "PYTHONMALLOC": "malloc"})
     sys.exit(asyncio.run(soak(given.db, given.minutes * 60, given.workers, given.seed)))

@@ -4,6 +4,9 @@ import ctypes
 import gc
 import math
 import os
+import re
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +39,8 @@ class _Mallinfo(ctypes.Structure):
 def allocated_bytes() -> int | None:
     """Return the memory that is in use, without what only waits for the collector; None: this system does not say.
 
-    Under ``PYTHONMALLOC=malloc`` all of Python's is among it. What a process occupies is more, and goes on growing for a
-    while: each thread gets a heap of its own, and its holes stay with the process.
+    What the process occupies is more, and goes on growing for a while: each thread has a heap of its own, and the holes
+    in it stay with the process.
     """
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
@@ -46,7 +49,23 @@ def allocated_bytes() -> int | None:
     gc.collect()
     mallinfo.restype = _Mallinfo
     told = mallinfo()
-    return int(told.uordblks + told.hblkhd)
+    return int(told.uordblks + told.hblkhd) + _small_objects()
+
+
+def _small_objects() -> int:
+    """Return the bytes that Python's own allocator has given out, which it prints and tells nobody."""
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        usual = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            sys._debugmallocstats()
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)
+        file.seek(0)
+        found = re.search(rb"bytes in allocated blocks\s*=\s*([0-9,]+)", file.read())
+    return int(found[1].replace(b",", b"")) if found else 0
 
 
 def resident_bytes() -> int:
