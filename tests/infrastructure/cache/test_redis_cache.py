@@ -129,6 +129,19 @@ def test_a_url_says_who_where_and_how():
     assert place._is_encrypted
 
 
+def test_it_serves_one_event_loop_after_another(redis_url: str, key: str):
+    cache = RedisCache(redis_url, prefix=f"{key}:", timeout=2.0)
+
+    async def serve() -> None:
+        async with cache:
+            await asyncio.sleep(1.2)  # longer than an answer is believed in: its watcher must have looked
+            await cache.get_many([key])
+
+    for _ in range(2):
+        asyncio.run(serve())
+    assert cache.statistics().errors == 0
+
+
 @pytest.mark.parametrize(
     "url",
     [

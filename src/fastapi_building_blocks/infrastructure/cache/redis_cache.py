@@ -122,6 +122,8 @@ class RedisCache(Cache):
 
     def _start(self) -> None:
         if self._watcher is None:
+            # Both belong to the event loop that uses them first, and this may be another one than before.
+            self._is_lost, self._looking = asyncio.Event(), asyncio.Lock()
             self._is_closed = False
             self._last_answer = time.monotonic()
             self._watcher = asyncio.ensure_future(self._watch())
