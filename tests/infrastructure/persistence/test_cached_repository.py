@@ -378,6 +378,54 @@ async def test_c3_a_write_on_a_session_that_may_have_happened_is_distrusted(
     assert (await cached.get_by_id(1)).number == 4
 
 
+@dataclasses.dataclass
+class Natural:
+    id: int
+    number: int
+    email: str | None = None
+    notes: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise ValueError("less than nothing")
+
+
+class Naturals(SQLAlchemyRepository[Natural]):
+    table = counters
+
+
+async def test_c3_a_write_whose_answer_makes_no_entity_is_followed_all_the_same(cached: Any, session: Any, cache: Cache):
+    naturals = CachedRepository(Naturals(session), cache)
+    await cached.get_by_id(1)
+    with pytest.raises(ValueError, match="nothing"):
+        await naturals.patch(1, {"number": -1})
+    assert (await cached.get_by_id(1)).number == -1
+    async with UnitOfWork(session) as unit:
+        with pytest.raises(ValueError, match="nothing"):
+            await CachedRepository(Naturals(unit), cache).patch(1, {"number": -2})
+    assert (await cached.get_by_id(1)).number == -2
+
+
+async def test_a_write_that_is_refused_invalidates_nothing(cached: Any, cache: Cache):
+    await cached.add(Counter(2, 2, "two@example.org"))
+    before = cache.statistics().invalidations
+    refused = [
+        cached.add(Counter(1, 2**40)),
+        cached.add(Counter(1, 1)),
+        cached.update(Counter(7, 1)),
+        cached.upsert(Counter(1, 1, "x" * 51), on=["email"]),
+        cached.get_or_add(Counter(1, 1, "x" * 51)),
+        cached.patch(1, {"email": "x" * 51}),
+        cached.patch(1, {"email": "two@example.org"}),
+        cached.patch("1", {"number": 2}),
+        cached.delete("1"),
+    ]
+    for write in refused:
+        with pytest.raises(BuildingBlocksError):
+            await write
+    assert cache.statistics().invalidations == before
+
+
 async def test_c3_who_is_cancelled_while_a_write_is_invalidated_has_invalidated(
     cached: Any, session: Any, cache: Cache
 ):

@@ -25,7 +25,9 @@ import sqlalchemy as sa
 from fastapi_building_blocks.domain.errors import (
     BuildingBlocksError,
     ConflictError,
+    ConstraintError,
     InvalidInputError,
+    InvalidQueryError,
     NotFoundError,
     PoolTimeoutError,
     TransientError,
@@ -76,15 +78,15 @@ _LEASE, _VALUE, _ABSENT = b"L", b"V", b"N"
 _KEPT_NOTHING = (
     NotFoundError,
     ConflictError,
-    InvalidInputError,
+    ConstraintError,
+    InvalidQueryError,
     UnsupportedOperationError,
     TransientError,
     PoolTimeoutError,
-    TypeError,
-    ValueError,
-    RuntimeError,
 )
-"""Errors of a write on a session that say that nothing has changed."""
+"""Errors of a write that say that nothing has changed."""
+_IS_OVER = (InvalidInputError, TypeError, ValueError, RuntimeError)
+"""Errors that say that a write is over: it was refused, or it is done and its answer makes no entity."""
 _READ_COMMITTED = ("READ COMMITTED", "READ UNCOMMITTED")
 _READ_COMMITTED_BY_DEFAULT = ("postgresql", "mssql", "memory")
 
@@ -538,20 +540,38 @@ class CachedRepository(Repository[T]):
         """
         if self._unit is not None:
             _written.setdefault(self._unit.outermost, set()).update((self._plan.generation, *self._plan.dependants))
-            answer = await call
-            after = _Invalidation(self._unit, self._cache, stale(answer))
-            self._unit.on_commit(after, in_doubt=after.distrust)
+            try:
+                answer = await call
+            except Exception as error:
+                if not isinstance(error, _KEPT_NOTHING):
+                    with suppress(RuntimeError):  # a unit that has ended has kept nothing of it
+                        self._follow(self._unit, self._possible(doubtful))
+                raise
+            self._follow(self._unit, stale(answer))
             return answer
         try:
             answer = await call
         except BaseException as error:
-            if not isinstance(error, _KEPT_NOTHING):
-                await to_the_end(self._cache.invalidate(*doubtful(), _DOUBT_SECONDS))
+            void = Stale() if isinstance(error, _KEPT_NOTHING) else self._possible(doubtful)
+            if any(void):
+                hold = 0.0 if isinstance(error, _IS_OVER) else _DOUBT_SECONDS
+                await to_the_end(self._cache.invalidate(*void, hold))
             raise
         void = stale(answer)
         if any(void):
             await to_the_end(self._cache.invalidate(*void))
         return answer
+
+    def _follow(self, unit: UnitOfWork, stale: Stale) -> None:
+        after = _Invalidation(unit, self._cache, stale)
+        unit.on_commit(after, in_doubt=after.distrust)
+
+    def _possible(self, doubtful: Callable[[], Stale]) -> Stale:
+        """Return what a failed write may have made void: nothing where its arguments could not be sent at all."""
+        try:
+            return doubtful()
+        except (BuildingBlocksError, TypeError):
+            return Stale()
 
     async def invalidate_all(self) -> None:
         """Make every row of the table void: after it was changed past the cache."""
@@ -560,10 +580,13 @@ class CachedRepository(Repository[T]):
     def _of_entity(self, entity: T) -> Stale:
         """Return what the write of an entity makes void: its row, and the absence of its unique values."""
         try:
-            values = self._repository._dump(entity)
+            return self._of_argument(entity)
         except (BuildingBlocksError, TypeError):
             return self._plan.whole  # the repository says what is wrong with it
-        return self._plan.stale(values)
+
+    def _of_argument(self, entity: T) -> Stale:
+        """The same for an entity that is to be written, and raises where it cannot be."""
+        return self._plan.stale(self._repository._dump(entity))
 
     def _of_entities(self, entities: Iterable[T], seen: list[Stale]) -> Iterator[T]:
         """Yield entities on, and note what each makes void, up to a number."""
@@ -586,7 +609,7 @@ class CachedRepository(Repository[T]):
         return self._plan.whole
 
     async def add(self, entity: T) -> T:
-        return await self._write(self._repository.add(entity), self._of_entity, lambda: self._of_entity(entity))
+        return await self._write(self._repository.add(entity), self._of_entity, lambda: self._of_argument(entity))
 
     async def add_many(self, entities: Iterable[T]) -> int:
         seen: list[Stale] = []
@@ -594,11 +617,15 @@ class CachedRepository(Repository[T]):
         return await self._write(call, lambda _: self._of_all(seen), self._whole)
 
     async def update(self, entity: T) -> T:
-        call = self._repository.update(entity)
-        return await self._write(call, self._of_update, lambda: self._of_update(entity))
+        def doubtful() -> Stale:
+            return self._plan.with_followers(self._of_argument(entity))
+
+        return await self._write(self._repository.update(entity), self._of_update, doubtful)
 
     async def patch(self, id: Any, values: Mapping[str, Any], version: int | None = None) -> T:
         def doubtful() -> Stale:
+            for name, value in values.items():
+                self._repository._mapping.check(name, value)
             unique = any(name in values for names in self._plan.unique_keys for name in names)
             return self._plan.with_followers(self._plan.whole if unique else self._of_key(id))
 
@@ -621,7 +648,8 @@ class CachedRepository(Repository[T]):
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:
         def doubtful() -> Stale:
-            return self._of_update(entity) if on is None else self._of_any_update()
+            void = self._of_argument(entity)
+            return self._plan.with_followers(void if on is None else self._plan.whole)
 
         return await self._write(self._repository.upsert(entity, on), self._of_update, doubtful)
 
@@ -640,7 +668,7 @@ class CachedRepository(Repository[T]):
         return await self._write(
             self._repository.get_or_add(entity, on),
             lambda answer: self._of_entity(answer[0]) if answer[1] else Stale(),
-            lambda: self._of_entity(entity),
+            lambda: self._of_argument(entity),
         )
 
     async def delete(self, id: Any) -> bool:
