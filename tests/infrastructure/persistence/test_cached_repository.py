@@ -516,6 +516,12 @@ comments = sa.Table(
     sa.Column("id", sa.Integer(), primary_key=True),
     sa.Column("article", sa.ForeignKey(articles.c.id, ondelete="CASCADE")),
 )
+links = sa.Table(
+    "cached_links",
+    metadata,
+    sa.Column("id", sa.Integer(), primary_key=True),
+    sa.Column("slug", sa.ForeignKey(articles.c.slug, onupdate="CASCADE")),
+)
 words = sa.Table(
     "cached_words",
     metadata,
@@ -538,6 +544,12 @@ class Comment:
 
 
 @dataclasses.dataclass
+class Link:
+    id: int
+    slug: str
+
+
+@dataclasses.dataclass
 class Word:
     word: str
     number: int
@@ -550,6 +562,10 @@ class Articles(SQLAlchemyRepository[Article]):
 
 class Comments(SQLAlchemyRepository[Comment]):
     table = comments
+
+
+class Links(SQLAlchemyRepository[Link]):
+    table = links
 
 
 class Words(SQLAlchemyRepository[Word]):
@@ -576,6 +592,20 @@ async def test_soft_deleted_rows_are_seen_by_those_who_ask(session: Any, cache: 
     assert (await cached.get_by_id(1)).id == (await cached.find_one(slug)).id == 1
     assert await cached.including_deleted().delete(1)
     assert await cached.including_deleted().get_by_id(1) is None
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_c3_what_the_database_changes_along_is_read_past_the_cache_in_the_unit(database_url: str, cache: Cache):
+    async with SQLAlchemySession(database_url) as session:
+        await session.create_tables(metadata)
+        await Articles(session).add(Article(1, "a"))
+        links_ = CachedRepository(Links(session), cache)
+        await links_.add(Link(1, "a"))
+        await links_.get_by_id(1)
+        async with UnitOfWork(session) as unit:
+            await CachedRepository(Articles(unit), cache).patch(1, {"slug": "b"})
+            assert await CachedRepository(Links(unit), cache).get_by_id(1) == Link(1, "b")
+        assert await links_.get_by_id(1) == Link(1, "b")
 
 
 async def test_what_the_database_removes_along_is_removed_from_the_cache(session: Any, cache: Cache):

@@ -539,7 +539,7 @@ class CachedRepository(Repository[T]):
             doubtful: what to distrust where nobody knows whether it was written.
         """
         if self._unit is not None:
-            _written.setdefault(self._unit.outermost, set()).update((self._plan.generation, *self._plan.dependants))
+            _written.setdefault(self._unit.outermost, set()).update(self._plan.reached)
             try:
                 answer = await call
             except Exception as error:
@@ -752,6 +752,8 @@ class _Plan:
         self.whole = Stale((), (self.generation,))
         self.dependants = tuple(self._generation_of(prefix, other) for other in _dependants(table, "ondelete"))
         self._followers = tuple(self._generation_of(prefix, other) for other in _dependants(table, "onupdate"))
+        self.reached = (self.generation, *self.dependants, *self._followers)
+        """The tables that a write of this one may change."""
         self._hidden = frozenset(repository.hidden_columns)
         self.declared = {
             name: getattr(repository, name) for name in Repository.__annotations__ if not name.startswith("_")
