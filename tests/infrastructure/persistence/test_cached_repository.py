@@ -564,6 +564,15 @@ class Comments(SQLAlchemyRepository[Comment]):
     table = comments
 
 
+class Padded(SQLAlchemyRepository[Word]):
+    table = sa.Table(
+        "cached_padded_words",
+        metadata,
+        sa.Column("word", sa.CHAR(5), primary_key=True),
+        sa.Column("number", sa.Integer(), nullable=False),
+    )
+
+
 class Links(SQLAlchemyRepository[Link]):
     table = links
 
@@ -646,6 +655,18 @@ async def test_a_key_that_the_database_spells_otherwise_never_answers_what_was(d
 
 
 # Shapes, and bytes that are not ours
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_a_key_that_the_database_pads_never_answers_what_was(database_url: str, cache: Cache):
+    async with SQLAlchemySession(database_url) as session:
+        await session.create_tables(metadata)
+        cached = CachedRepository(Padded(session), cache, remember_misses=60)
+        assert await cached.get_by_id("ab") is None
+        await cached.add(Word("ab", 1))
+        assert (await cached.get_by_id("ab")).number == (await cached.get_by_id("ab   ")).number == 1
+        await cached.delete("ab")
+        assert await cached.get_by_id("ab") is await cached.get_by_id("ab   ") is None
 
 
 async def test_a_program_with_another_shape_of_the_table_reads_nothing_old(session: Any, cache: Cache):
