@@ -215,6 +215,15 @@ async def test_rows_end_after_their_time(session: Any):
         assert reads.taken() == expected, now
 
 
+async def test_a_time_that_is_longer_than_redis_takes_is_kept_for_as_long_as_its_table(session: Any, cache: Cache):
+    cached = CachedRepository(Counters(session), cache, ttl=1e300, remember_misses=1e300)
+    await cached.add(Counter(1, 1))
+    await cached.get_many([1, 2])
+    reads = Reads(session)
+    await cached.get_many([1, 2])
+    assert reads.taken() == 0
+
+
 # C3: the cache follows commit
 
 

@@ -505,6 +505,8 @@ class CachedRepository(Repository[T]):
                 value = None if data is None else _VALUE + version_and_generation + data
         elif self._remember_misses is not None and plan.is_exact(lookup.names):
             value, seconds = _ABSENT + version_and_generation, self._remember_misses
+        # Nothing outlives its generation, and Redis refuses what is no number of milliseconds to it.
+        seconds = min(seconds, _GENERATION_SECONDS)
         seconds *= 1 - random.uniform(0, _JITTER)  # noqa: S311 - jitter, not a secret
         try:
             kept = await self._cache.exchange(lookup.key, lease, value, seconds)
