@@ -76,6 +76,24 @@ async def test_calls_of_one_turn_are_one_call_of_redis(cache: RedisCache, client
     assert (await client.info("stats"))["total_commands_processed"] - before < 30  # others use the server as well
 
 
+async def test_a_call_of_ten_thousand_keys_travels_in_parts(cache: RedisCache, monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    execute = cache._execute
+
+    async def measured(commands: Any, **how: Any) -> Any:
+        sizes.append(sum(max(1, len(command) - 1) if command[0] == "MGET" else 1 for command in commands))
+        return await execute(commands, **how)
+
+    monkeypatch.setattr(cache, "_execute", measured)
+    keys = [f"{cache.prefix}{number}" for number in range(10_000)]
+    values = [str(number).encode() for number in range(1_100)]
+    wanted = zip(keys, values, strict=False)
+    assert all(await asyncio.gather(*(cache.exchange(key, None, value, 60) for key, value in wanted)))
+    assert await cache.get_many(keys) == [*values, *[None] * 8_900]
+    assert max(sizes) <= 500
+    assert len(sizes) == 3 + 20
+
+
 async def test_who_is_cancelled_takes_nothing_from_the_others(cache: RedisCache, key: str):
     await cache.exchange(key, None, b"1", 60)
     calls = [asyncio.ensure_future(cache.get_many([key])) for _ in range(10)]

@@ -243,19 +243,20 @@ class RedisCache(Cache):
 
     async def _send_turn(self, turn: "_Turn") -> None:
         keys = list(turn.keys)
-        commands: list[Command] = [command for _, command in turn.commands]
         alone = self._place.kind != "cluster"
-        if keys:
-            commands += [("MGET", *keys)] if alone else [("GET", key) for key in keys]
+        answers: list[Any] = []
+        pings: list[Any] = []
         try:
-            answers = await self._within(self._execute(commands, with_pings=bool(keys)), self._timeout)
-            values: Any = answers[len(turn.commands) :]
-            if alone and keys:
-                values = values[0]
-            failure = values if isinstance(values, Exception) else _first_failure(values)
-            values = values if isinstance(values, Exception) else values[: len(keys)]
+            for part in self._parts([command for _, command in turn.commands], keys):
+                got = await self._within(self._execute(part, with_pings=bool(keys)), self._timeout)
+                answers += got[: len(part)]
+                pings += got[len(part) :]
+            values: list[Any] = answers[len(turn.commands) :]
+            failure = _first_failure((*values, *pings))
             if failure is not None:
                 raise failure
+            if alone:
+                values = [value for part in values for value in part]
         except Exception as error:  # noqa: BLE001 - the driver's, the system's: all of them say that it is not there
             turn.fail()
             self.figures.errors += 1
@@ -270,6 +271,18 @@ class RedisCache(Cache):
             self._is_sending = False
             if self._turn is not None:
                 self._send()
+
+    def _parts(self, commands: list[Command], keys: list[str]) -> list[list[Command]]:
+        """Return the commands and the reads in parts so short that only Redis can be too slow for the timeout."""
+        parts = [commands[start : start + _CHUNK] for start in range(0, len(commands), _CHUNK)] or [[]]
+        for start in range(0, len(keys), _CHUNK):
+            some = keys[start : start + _CHUNK]
+            reads: list[Command] = [("GET", key) for key in some] if self._place.kind == "cluster" else [("MGET", *some)]
+            if start:
+                parts.append(reads)
+            else:
+                parts[-1] += reads
+        return parts
 
     async def _execute(self, commands: Sequence[Command], *, with_pings: bool = False) -> list[Any]:
         """Return the answers to commands, some of which may be errors.
