@@ -138,6 +138,34 @@ async def test_many_are_one_call_of_the_cache_and_one_read_of_what_it_lacks(cach
     assert (calls, reads.taken()) == (2, 0)
 
 
+@pytest.mark.parametrize("what", ["table held", "table unknown", "rows held", "rows loaded by who died"])
+async def test_many_that_cannot_be_kept_are_one_read(cached: Any, session: Any, cache: Cache, what: str):
+    await cached.add_many(Counter(number, number) for number in range(2, 301))
+    plan, ids = cached._plan, range(1, 301)
+    keys = [plan.row_key((id,)) for id in ids]
+    if what == "table held":
+        await cache.invalidate([], [plan.generation], hold=60)
+    elif what == "rows held":
+        await cache.invalidate(keys, [], hold=60)
+    elif what == "table unknown":
+        get_many = cache.get_many
+
+        async def overtaken(wanted: Sequence[str]) -> Any:
+            found = await get_many(wanted)
+            await cache.exchange(plan.generation, None, b"another!", 60)
+            return found
+
+        cache.get_many = overtaken  # type: ignore[method-assign]
+    else:
+        await cache.exchange(plan.generation, None, b"12345678", 60)
+        for key in keys:
+            lease = cached_repository._LEASE + plan.codec.version + b"12345678" + b"of a one"
+            await cache.exchange(key, None, lease, 60)
+    reads = Reads(session)
+    assert [counter.id for counter in await cached.get_many(ids)] == [*ids]
+    assert reads.taken() <= 2  # on SQLite a statement has so many keys at most
+
+
 async def test_a_finder_is_answered_from_the_cache_and_checked_against_the_row(cached: Any, session: Any):
     one = field("email") == "one@example.org"
     assert (await cached.find_one(one)).id == 1  # loads by the e-mail address

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Final, NamedTuple, NoReturn, Self, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -71,6 +72,8 @@ _GENERATION_SECONDS: Final = 30 * 86_400.0
 _DOUBT_SECONDS: Final = 60.0
 """How long nothing is kept of a row whose write may still be on its way through the database."""
 _JITTER: Final = 0.1
+_AT_ONCE: Final = 200
+"""How many rows of one ``get_many`` are kept at a time, and how many of others' loads it waits for."""
 _MOST_KEYS: Final = 256
 """The longest bulk write whose keys are invalidated one by one."""
 _ATTEMPTS: Final = 20
@@ -428,13 +431,20 @@ class CachedRepository(Repository[T]):
             except CacheUnavailable:
                 created = False
             generation = new if created else None
-        for values, entry in entries.items():
-            leased = entry is not None and entry[:1] == _LEASE and entry[9:17] == generation
+        leased = {
+            values
+            for values, entry in entries.items()
+            if entry is not None and entry[:1] == _LEASE and entry[9:17] == generation
+        }
+        if len(leased) > _AT_ONCE:
+            leased.clear()  # one read of them all costs less than to wait for so many, and perhaps in vain
+        for values in entries:
             place = (keys[values], plan.codec.version)
-            if generation not in (None, HELD) and entry != HELD and not leased and place not in cache.flights:
+            if values not in leased and place not in cache.flights:
                 own[values] = cache.flights[place] = Flight(loop.create_future())
         try:
-            await self._lease_all(own, keys, generation, entries)
+            if generation is not None and generation != HELD:
+                await self._lease_all(own, keys, generation, entries)
             for flight in own.values():
                 flight.is_loading = True
             together = [values for values in keys if values in own]
@@ -446,11 +456,11 @@ class CachedRepository(Repository[T]):
                 for values, flight in own.items():
                     rows[values] = found.get(values) if values in found else await self._other_spelling(values, found)
                     flight.outcome.set_result((rows[values],))
-                kept = [
+                kept = (
                     self._keep(_Lookup(keys[values], plan.key, values, True), flight.lease, rows[values])
                     for values, flight in own.items()
                     if flight.lease is not None
-                ]
+                )
                 await to_the_end(_all(kept))
         finally:
             for values, flight in own.items():
@@ -470,11 +480,11 @@ class CachedRepository(Repository[T]):
         self,
         flights: Mapping[tuple[Any, ...], Flight],
         keys: Mapping[tuple[Any, ...], str],
-        generation: bytes | None,
+        generation: bytes,
         entries: Mapping[tuple[Any, ...], bytes | None],
     ) -> None:
         async def lease(values: tuple[Any, ...], flight: Flight) -> None:
-            token = _LEASE + self._plan.codec.version + (generation or b"") + secrets.token_bytes(8)
+            token = _LEASE + self._plan.codec.version + generation + secrets.token_bytes(8)
             flight.lease = token
             taken = False
             try:
@@ -483,7 +493,7 @@ class CachedRepository(Repository[T]):
                 if not taken:
                     flight.lease = None
 
-        await _all([lease(values, flight) for values, flight in flights.items()])
+        await _all(lease(values, flight) for values, flight in flights.items() if entries[values] != HELD)
 
     async def _read(self, lookup: _Lookup) -> Row | None:
         """Return the row as the store has it now, soft-deleted ones included."""
@@ -927,10 +937,12 @@ async def _outcome_of(flight: Flight) -> Any:
     return flight.outcome.result()
 
 
-async def _all(calls: Sequence[Awaitable[None]]) -> None:
-    for outcome in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(outcome, BaseException) and not isinstance(outcome, CacheUnavailable):
-            raise outcome
+async def _all(calls: Iterator[Awaitable[None]]) -> None:
+    """Await them some at a time: ten thousand tasks hold the event loop up for longer than a cache may take."""
+    while part := list(islice(calls, _AT_ONCE)):
+        for outcome in await asyncio.gather(*part, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, CacheUnavailable):
+                raise outcome
 
 
 def _is_generation(value: bytes | None) -> TypeGuard[bytes]:
