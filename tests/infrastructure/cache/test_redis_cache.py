@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 import time
+import traceback
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -177,6 +178,29 @@ def test_it_serves_one_event_loop_after_another(redis_url: str, key: str):
 def test_other_urls_are_refused(url: str):
     with pytest.raises(ValueError, match="URL"):
         RedisCache(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://user:sec#ret@localhost",
+        "redis://user:sec/ret@localhost",
+        "redis://user:sec[ret@localhost",
+        "redis://user:sec\u2100ret@localhost",
+        "redis://user:secret@localhost:port",
+        "redis://localhost?socket_keepalive_typo=secret",
+        "redis://localhost?socket_timeout=secret",
+        "redis+cluster://user:sec#ret@localhost",
+        "redis+cluster://user:secret@localhost:70000",
+        "redis+sentinel://user:sec/ret@localhost/service",
+    ],
+)
+def test_a_url_that_cannot_be_read_is_refused_at_once_and_not_quoted(url: str):
+    with pytest.raises(ValueError, match="Redis URL") as refused:
+        RedisCache(url)
+    told = "".join(traceback.format_exception_only(refused.value))
+    assert "sec" not in told
+    assert refused.value.__cause__ is refused.value.__context__ is None
 
 
 def test_without_redis_py_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -277,7 +277,9 @@ class RedisCache(Cache):
         parts = [commands[start : start + _CHUNK] for start in range(0, len(commands), _CHUNK)] or [[]]
         for start in range(0, len(keys), _CHUNK):
             some = keys[start : start + _CHUNK]
-            reads: list[Command] = [("GET", key) for key in some] if self._place.kind == "cluster" else [("MGET", *some)]
+            reads: list[Command] = (
+                [("GET", key) for key in some] if self._place.kind == "cluster" else [("MGET", *some)]
+            )
             if start:
                 parts.append(reads)
             else:
@@ -476,24 +478,46 @@ class _Turn:
                 future.set_exception(CacheUnavailable())
 
 
+class _WrongURL(ValueError):  # noqa: N818 - seen as a ValueError
+    """The URL is of no form that is known here; the message quotes nothing of it."""
+
+
 class _Place:
     """Where Redis is, as a URL says it, and how to make a client for it."""
 
     def __init__(self, url: str) -> None:
         self._redis = _redis()
         self.response_error: type[Exception] = self._redis.ResponseError
+        self._url = url
+        reason = None
+        try:
+            self._understand(url)
+            client = self.client()
+            if self.kind == "server":
+                client.connection_pool.make_connection()  # which tells unknown options, and connects to nothing
+        except _WrongURL:
+            raise
+        except (ValueError, TypeError) as error:
+            reason = type(error).__name__
+        if reason is not None:
+            # Not what they say, nor as a cause: they quote the part that they cannot read, perhaps of the password.
+            raise ValueError(
+                f"the Redis URL cannot be read ({reason}): encode user and password by urllib.parse.quote(..., safe=''), "
+                "and see whether port, database number and options are such"
+            )
+
+    def _understand(self, url: str) -> None:
         scheme, _, kind = urlsplit(url).scheme.partition("+")
         if (
             scheme not in ("redis", "rediss", "unix")
             or kind not in ("", "sentinel", "cluster")
             or (kind and scheme == "unix")
         ):
-            raise ValueError(
+            raise _WrongURL(
                 "a Redis URL begins with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// "
                 "(rediss+... for TLS)"
             )
         self.kind = kind or "server"
-        self._url = url
         self._is_encrypted = scheme == "rediss"
         if kind:
             self._parse(url, kind)
@@ -504,7 +528,7 @@ class _Place:
         self._hosts = [_host(place, _DEFAULT_PORTS[kind]) for place in places.split(",") if place]
         path = [part for part in parts.path.split("/") if part]
         if not self._hosts or len(path) > (2 if kind == "sentinel" else 0) or (kind == "sentinel" and not path):
-            raise ValueError(
+            raise _WrongURL(
                 "the URL is redis+sentinel://host1:26379,host2:26379/service/0"
                 if kind == "sentinel"
                 else "the URL is redis+cluster://host1:7000,host2:7001, without a database number"
@@ -570,7 +594,7 @@ class _WithSentinels:
 def _host(place: str, port: int) -> tuple[str, int]:
     parts = urlsplit(f"//{place}")
     if not parts.hostname:
-        raise ValueError("the URL names no host")
+        raise _WrongURL("the URL names no host")
     return parts.hostname, parts.port or port
 
 
