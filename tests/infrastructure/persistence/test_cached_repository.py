@@ -431,7 +431,9 @@ class Naturals(SQLAlchemyRepository[Natural]):
     table = counters
 
 
-async def test_c3_a_write_whose_answer_makes_no_entity_is_followed_all_the_same(cached: Any, session: Any, cache: Cache):
+async def test_c3_a_write_whose_answer_makes_no_entity_is_followed_all_the_same(
+    cached: Any, session: Any, cache: Cache
+):
     naturals = CachedRepository(Naturals(session), cache)
     await cached.get_by_id(1)
     with pytest.raises(ValueError, match="nothing"):

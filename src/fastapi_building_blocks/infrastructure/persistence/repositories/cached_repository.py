@@ -388,7 +388,7 @@ class CachedRepository(Repository[T]):
                 generation = new
             if HELD in (generation, entry):
                 return None
-            if entry is not None and entry[:1] == _LEASE and entry[9:17] == generation:
+            if _is_lease(entry, generation):
                 # Another process loads it, or a load of this one that began before this call.
                 if asyncio.get_running_loop().time() > end:
                     return None
@@ -425,17 +425,8 @@ class CachedRepository(Repository[T]):
         rows: dict[tuple[Any, ...], Row | None] = {}
         own: dict[tuple[Any, ...], Flight] = {}
         if not _is_generation(generation):
-            new = secrets.token_bytes(8)
-            try:
-                created = await cache.exchange(plan.generation, generation, new, _GENERATION_SECONDS)
-            except CacheUnavailable:
-                created = False
-            generation = new if created else None
-        leased = {
-            values
-            for values, entry in entries.items()
-            if entry is not None and entry[:1] == _LEASE and entry[9:17] == generation
-        }
+            generation = await self._begin_generation(generation)
+        leased = {values for values, entry in entries.items() if _is_lease(entry, generation)}
         if len(leased) > _AT_ONCE:
             leased.clear()  # one read of them all costs less than to wait for so many, and perhaps in vain
         for values in entries:
@@ -469,6 +460,14 @@ class CachedRepository(Repository[T]):
         lookups = [_Lookup(keys[values], plan.key, values, True) for values in others]
         rest = await asyncio.gather(*(self._load(lookup, generation, entries[lookup.values]) for lookup in lookups))
         return {values: self._own(row) for values, row in rows.items()} | dict(zip(others, rest, strict=True))
+
+    async def _begin_generation(self, found: bytes | None) -> bytes | None:
+        """Return a new generation of the table in the place of what was found; None where that is not there now."""
+        new = secrets.token_bytes(8)
+        with suppress(CacheUnavailable):
+            if await self._cache.exchange(self._plan.generation, found, new, _GENERATION_SECONDS):
+                return new
+        return None
 
     async def _other_spelling(self, values: tuple[Any, ...], found: Mapping[tuple[Any, ...], Row]) -> Row | None:
         """Return the row that the database, but not Python, finds under this key."""
@@ -943,6 +942,11 @@ async def _all(calls: Iterator[Awaitable[None]]) -> None:
         for outcome in await asyncio.gather(*part, return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, CacheUnavailable):
                 raise outcome
+
+
+def _is_lease(entry: bytes | None, generation: bytes | None) -> bool:
+    """Whether somebody loads the row for this generation of its table."""
+    return entry is not None and entry[:1] == _LEASE and entry[9:17] == generation
 
 
 def _is_generation(value: bytes | None) -> TypeGuard[bytes]:
