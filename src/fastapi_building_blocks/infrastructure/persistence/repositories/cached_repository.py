@@ -635,8 +635,8 @@ class CachedRepository(Repository[T]):
 
     async def patch(self, id: Any, values: Mapping[str, Any], version: int | None = None) -> T:
         def doubtful() -> Stale:
-            for name, value in values.items():
-                self._repository._mapping.check(name, value)
+            for name in values:
+                self._repository._mapping.check(name, values[name])
             unique = any(name in values for names in self._plan.unique_keys for name in names)
             return self._plan.with_followers(self._plan.whole if unique else self._of_key(id))
 
