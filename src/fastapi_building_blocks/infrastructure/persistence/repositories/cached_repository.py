@@ -575,7 +575,7 @@ class CachedRepository(Repository[T]):
 
     def _follow(self, unit: UnitOfWork, stale: Stale) -> None:
         after = _Invalidation(unit, self._cache, stale)
-        unit.on_commit(after, in_doubt=after.distrust)
+        unit.on_commit(after, in_doubt=after.distrust, comes_first=True)
 
     def _possible(self, doubtful: Callable[[], Stale]) -> Stale:
         """Return what a failed write may have made void: nothing where its arguments could not be sent at all."""
