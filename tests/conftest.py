@@ -112,6 +112,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--portable", action="store_true", help="run every session on SQLAlchemy's adapted cursors")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
 @pytest.fixture(autouse=True)
 def portable_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``--portable``, no session takes the fast path of its driver, whatever the test asks for."""
@@ -126,6 +133,7 @@ def portable_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes ten seconds or more")
+    config.addinivalue_line("markers", "full: one more combination of what is tried anyway, under --full only")
     given = getattr(config, "workerinput", {}).get("backends", {})
     found = {name: Server(*entry) if len(entry) == 2 else Missing(*entry) for name, entry in given.items()}
     config.stash[BACKENDS] = Backends(required_backends(), found)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 import time
+import traceback
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -76,6 +77,24 @@ async def test_calls_of_one_turn_are_one_call_of_redis(cache: RedisCache, client
     assert (await client.info("stats"))["total_commands_processed"] - before < 30  # others use the server as well
 
 
+async def test_a_call_of_ten_thousand_keys_travels_in_parts(cache: RedisCache, monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    execute = cache._execute
+
+    async def measured(commands: Any, **how: Any) -> Any:
+        sizes.append(sum(max(1, len(command) - 1) if command[0] == "MGET" else 1 for command in commands))
+        return await execute(commands, **how)
+
+    monkeypatch.setattr(cache, "_execute", measured)
+    keys = [f"{cache.prefix}{number}" for number in range(10_000)]
+    values = [str(number).encode() for number in range(1_100)]
+    wanted = zip(keys, values, strict=False)
+    assert all(await asyncio.gather(*(cache.exchange(key, None, value, 60) for key, value in wanted)))
+    assert await cache.get_many(keys) == [*values, *[None] * 8_900]
+    assert max(sizes) <= 500
+    assert len(sizes) == 3 + 20
+
+
 async def test_who_is_cancelled_takes_nothing_from_the_others(cache: RedisCache, key: str):
     await cache.exchange(key, None, b"1", 60)
     calls = [asyncio.ensure_future(cache.get_many([key])) for _ in range(10)]
@@ -129,6 +148,19 @@ def test_a_url_says_who_where_and_how():
     assert place._is_encrypted
 
 
+def test_it_serves_one_event_loop_after_another(redis_url: str, key: str):
+    cache = RedisCache(redis_url, prefix=f"{key}:", timeout=2.0)
+
+    async def serve() -> None:
+        async with cache:
+            await asyncio.sleep(1.2)  # longer than an answer is believed in: its watcher must have looked
+            await cache.get_many([key])
+
+    for _ in range(2):
+        asyncio.run(serve())
+    assert cache.statistics().errors == 0
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -146,6 +178,29 @@ def test_a_url_says_who_where_and_how():
 def test_other_urls_are_refused(url: str):
     with pytest.raises(ValueError, match="URL"):
         RedisCache(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://user:sec#ret@localhost",
+        "redis://user:sec/ret@localhost",
+        "redis://user:sec[ret@localhost",
+        "redis://user:sec\u2100ret@localhost",
+        "redis://user:secret@localhost:port",
+        "redis://localhost?socket_keepalive_typo=secret",
+        "redis://localhost?socket_timeout=secret",
+        "redis+cluster://user:sec#ret@localhost",
+        "redis+cluster://user:secret@localhost:70000",
+        "redis+sentinel://user:sec/ret@localhost/service",
+    ],
+)
+def test_a_url_that_cannot_be_read_is_refused_at_once_and_not_quoted(url: str):
+    with pytest.raises(ValueError, match="Redis URL") as refused:
+        RedisCache(url)
+    told = "".join(traceback.format_exception_only(refused.value))
+    assert "sec" not in told
+    assert refused.value.__cause__ is refused.value.__context__ is None
 
 
 def test_without_redis_py_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

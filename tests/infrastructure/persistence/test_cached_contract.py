@@ -2,8 +2,11 @@
 
 Entities are of the kinds whose rows are the hardest to keep: JSON, versions, soft delete, mappers by hand, keys of two
 columns. What the cache itself promises is in ``test_cached_repository``.
+
+Each database and each cache is in a pair that is always tried; ``--full`` tries them all.
 """
 
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -25,6 +28,13 @@ from tests.contracts.sample_entities import (
     TicketContract,
     metadata,
 )
+
+
+def pairs(*always: tuple[str, str]) -> pytest.MarkDecorator:
+    """Try these databases and caches always, and every other pair under ``--full``."""
+    every = itertools.product(("sqlite", "postgres", "mysql"), ("in memory", "redis"))
+    marked = [pytest.param(*pair, marks=() if pair in always else pytest.mark.full) for pair in every]
+    return pytest.mark.parametrize(("tables_url", "cached"), marked, indirect=True)
 
 
 class Cached(SampleContract):
@@ -68,19 +78,22 @@ class InMemory(Cached):
             yield session
 
 
+@pytest.mark.parametrize("cached", ["in memory", pytest.param("redis", marks=pytest.mark.full)], indirect=True)
 class TestNotesInMemory(InMemory, NoteContract):
     pass
 
 
+@pytest.mark.full
 class TestArticlesInMemory(InMemory, ArticleContract):
     pass
 
 
+@pytest.mark.full
 class TestAccountsInMemory(InMemory, AccountContract):
     pass
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgres", "mysql"])
+@pytest.fixture(scope="module")
 def tables_url(
     request: pytest.FixtureRequest, backends: Backends, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
@@ -102,38 +115,40 @@ class OnDatabase(Cached):
     @pytest.fixture
     async def session(self, tables_url: str) -> AsyncIterator[SQLAlchemySession]:
         async with SQLAlchemySession(tables_url) as session:
-            for table in reversed(metadata.sorted_tables):
-                await session.execute(table.delete())
+            async with session.transaction() as unit:  # one COMMIT, not one for each table
+                for table in reversed(metadata.sorted_tables):
+                    await unit.execute(table.delete())
             yield session
 
 
+@pairs(("postgres", "redis"))
 class TestNotes(OnDatabase, NoteContract):
     pass
 
 
+@pairs(("sqlite", "in memory"))
 class TestArticles(OnDatabase, ArticleContract):
     pass
 
 
-@pytest.mark.parametrize("cached", ["redis"], indirect=True)
-@pytest.mark.parametrize("tables_url", ["postgres"], indirect=True)
+@pytest.mark.full
+@pytest.mark.parametrize(("tables_url", "cached"), [("postgres", "redis")], indirect=True)
 class TestTickets(OnDatabase, TicketContract):
     pass
 
 
-@pytest.mark.parametrize("cached", ["redis"], indirect=True)
-@pytest.mark.parametrize("tables_url", ["sqlite"], indirect=True)
+@pytest.mark.full
+@pytest.mark.parametrize(("tables_url", "cached"), [("sqlite", "redis")], indirect=True)
 class TestAccounts(OnDatabase, AccountContract):
     pass
 
 
-@pytest.mark.parametrize("cached", ["redis"], indirect=True)
-@pytest.mark.parametrize("tables_url", ["mysql"], indirect=True)
+@pytest.mark.parametrize(("tables_url", "cached"), [("mysql", "redis")], indirect=True)
 class TestSettings(OnDatabase, SettingContract):
     pass
 
 
-@pytest.mark.parametrize("cached", ["redis"], indirect=True)
-@pytest.mark.parametrize("tables_url", ["mysql"], indirect=True)
+@pytest.mark.full
+@pytest.mark.parametrize(("tables_url", "cached"), [("mysql", "redis")], indirect=True)
 class TestMembers(OnDatabase, MemberContract):
     pass

@@ -122,6 +122,8 @@ class RedisCache(Cache):
 
     def _start(self) -> None:
         if self._watcher is None:
+            # Both belong to the event loop that uses them first, and this may be another one than before.
+            self._is_lost, self._looking = asyncio.Event(), asyncio.Lock()
             self._is_closed = False
             self._last_answer = time.monotonic()
             self._watcher = asyncio.ensure_future(self._watch())
@@ -241,19 +243,20 @@ class RedisCache(Cache):
 
     async def _send_turn(self, turn: "_Turn") -> None:
         keys = list(turn.keys)
-        commands: list[Command] = [command for _, command in turn.commands]
         alone = self._place.kind != "cluster"
-        if keys:
-            commands += [("MGET", *keys)] if alone else [("GET", key) for key in keys]
+        answers: list[Any] = []
+        pings: list[Any] = []
         try:
-            answers = await self._within(self._execute(commands, with_pings=bool(keys)), self._timeout)
-            values: Any = answers[len(turn.commands) :]
-            if alone and keys:
-                values = values[0]
-            failure = values if isinstance(values, Exception) else _first_failure(values)
-            values = values if isinstance(values, Exception) else values[: len(keys)]
+            for part in self._parts([command for _, command in turn.commands], keys):
+                got = await self._within(self._execute(part, with_pings=bool(keys)), self._timeout)
+                answers += got[: len(part)]
+                pings += got[len(part) :]
+            values: list[Any] = answers[len(turn.commands) :]
+            failure = _first_failure((*values, *pings))
             if failure is not None:
                 raise failure
+            if alone:
+                values = [value for part in values for value in part]
         except Exception as error:  # noqa: BLE001 - the driver's, the system's: all of them say that it is not there
             turn.fail()
             self.figures.errors += 1
@@ -268,6 +271,20 @@ class RedisCache(Cache):
             self._is_sending = False
             if self._turn is not None:
                 self._send()
+
+    def _parts(self, commands: list[Command], keys: list[str]) -> list[list[Command]]:
+        """Return the commands and the reads in parts so short that only Redis can be too slow for the timeout."""
+        parts = [commands[start : start + _CHUNK] for start in range(0, len(commands), _CHUNK)] or [[]]
+        for start in range(0, len(keys), _CHUNK):
+            some = keys[start : start + _CHUNK]
+            reads: list[Command] = (
+                [("GET", key) for key in some] if self._place.kind == "cluster" else [("MGET", *some)]
+            )
+            if start:
+                parts.append(reads)
+            else:
+                parts[-1] += reads
+        return parts
 
     async def _execute(self, commands: Sequence[Command], *, with_pings: bool = False) -> list[Any]:
         """Return the answers to commands, some of which may be errors.
@@ -461,24 +478,46 @@ class _Turn:
                 future.set_exception(CacheUnavailable())
 
 
+class _WrongURL(ValueError):  # noqa: N818 - seen as a ValueError
+    """The URL is of no form that is known here; the message quotes nothing of it."""
+
+
 class _Place:
     """Where Redis is, as a URL says it, and how to make a client for it."""
 
     def __init__(self, url: str) -> None:
         self._redis = _redis()
         self.response_error: type[Exception] = self._redis.ResponseError
+        self._url = url
+        reason = None
+        try:
+            self._understand(url)
+            client = self.client()
+            if self.kind == "server":
+                client.connection_pool.make_connection()  # which tells unknown options, and connects to nothing
+        except _WrongURL:
+            raise
+        except (ValueError, TypeError) as error:
+            reason = type(error).__name__
+        if reason is not None:
+            # Not what they say, nor as a cause: they quote the part that they cannot read, perhaps of the password.
+            raise ValueError(
+                f"the Redis URL cannot be read ({reason}): encode user and password by urllib.parse.quote(..., safe=''), "
+                "and see whether port, database number and options are such"
+            )
+
+    def _understand(self, url: str) -> None:
         scheme, _, kind = urlsplit(url).scheme.partition("+")
         if (
             scheme not in ("redis", "rediss", "unix")
             or kind not in ("", "sentinel", "cluster")
             or (kind and scheme == "unix")
         ):
-            raise ValueError(
+            raise _WrongURL(
                 "a Redis URL begins with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// "
                 "(rediss+... for TLS)"
             )
         self.kind = kind or "server"
-        self._url = url
         self._is_encrypted = scheme == "rediss"
         if kind:
             self._parse(url, kind)
@@ -489,7 +528,7 @@ class _Place:
         self._hosts = [_host(place, _DEFAULT_PORTS[kind]) for place in places.split(",") if place]
         path = [part for part in parts.path.split("/") if part]
         if not self._hosts or len(path) > (2 if kind == "sentinel" else 0) or (kind == "sentinel" and not path):
-            raise ValueError(
+            raise _WrongURL(
                 "the URL is redis+sentinel://host1:26379,host2:26379/service/0"
                 if kind == "sentinel"
                 else "the URL is redis+cluster://host1:7000,host2:7001, without a database number"
@@ -555,7 +594,7 @@ class _WithSentinels:
 def _host(place: str, port: int) -> tuple[str, int]:
     parts = urlsplit(f"//{place}")
     if not parts.hostname:
-        raise ValueError("the URL names no host")
+        raise _WrongURL("the URL names no host")
     return parts.hostname, parts.port or port
 
 

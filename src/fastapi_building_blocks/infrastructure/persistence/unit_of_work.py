@@ -59,6 +59,7 @@ class AfterCommit(NamedTuple):
 
     callback: Hook
     in_doubt: Hook | None
+    comes_first: bool
 
 
 class _State(enum.Enum):
@@ -189,7 +190,7 @@ class UnitOfWork(Transaction):
 
     async def _run_hooks(self, *, in_doubt: bool = False) -> None:
         """Call every hook; the transaction is committed, so a hook that fails is logged and changes nothing."""
-        for after in self._hooks:
+        for after in sorted(self._hooks, key=lambda after: not after.comes_first):
             hook = after.in_doubt if in_doubt else after.callback
             if hook is None:
                 continue
@@ -375,18 +376,19 @@ class UnitOfWork(Transaction):
     def all_or_none(self) -> AbstractAsyncContextManager[None]:
         return self._outer.all_or_none() if self._outer is not None else _Savepoint(self, forgives=False)
 
-    def on_commit(self, callback: Hook, *, in_doubt: Hook | None = None) -> None:
+    def on_commit(self, callback: Hook, *, in_doubt: Hook | None = None, comes_first: bool = False) -> None:
         """Have ``callback`` called, and awaited, after COMMIT has succeeded; never on a rollback.
 
         Args:
             in_doubt: called instead where nobody knows whether COMMIT has succeeded (``CommitOutcomeUnknownError``).
+            comes_first: before all that do not, in whatever order they were given: they find it done.
         """
         self._check_open()
         if not callable(callback):
             raise TypeError("an after-commit hook is a function, called without arguments")
         outermost = self.outermost
         outermost._check_open()
-        outermost._hooks.append(AfterCommit(callback, in_doubt))
+        outermost._hooks.append(AfterCommit(callback, in_doubt, comes_first))
 
 
 class _Undo(Exception):  # noqa: N818 - a signal, never seen by a caller

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Final, NamedTuple, NoReturn, Self, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,7 +26,9 @@ import sqlalchemy as sa
 from fastapi_building_blocks.domain.errors import (
     BuildingBlocksError,
     ConflictError,
+    ConstraintError,
     InvalidInputError,
+    InvalidQueryError,
     NotFoundError,
     PoolTimeoutError,
     TransientError,
@@ -69,6 +72,8 @@ _GENERATION_SECONDS: Final = 30 * 86_400.0
 _DOUBT_SECONDS: Final = 60.0
 """How long nothing is kept of a row whose write may still be on its way through the database."""
 _JITTER: Final = 0.1
+_AT_ONCE: Final = 200
+"""How many rows of one ``get_many`` are kept at a time, and how many of others' loads it waits for."""
 _MOST_KEYS: Final = 256
 """The longest bulk write whose keys are invalidated one by one."""
 _ATTEMPTS: Final = 20
@@ -76,15 +81,15 @@ _LEASE, _VALUE, _ABSENT = b"L", b"V", b"N"
 _KEPT_NOTHING = (
     NotFoundError,
     ConflictError,
-    InvalidInputError,
+    ConstraintError,
+    InvalidQueryError,
     UnsupportedOperationError,
     TransientError,
     PoolTimeoutError,
-    TypeError,
-    ValueError,
-    RuntimeError,
 )
-"""Errors of a write on a session that say that nothing has changed."""
+"""Errors of a write that say that nothing has changed."""
+_IS_OVER = (InvalidInputError, TypeError, ValueError, RuntimeError)
+"""Errors that say that a write is over: it was refused, or it is done and its answer makes no entity."""
 _READ_COMMITTED = ("READ COMMITTED", "READ UNCOMMITTED")
 _READ_COMMITTED_BY_DEFAULT = ("postgresql", "mssql", "memory")
 
@@ -383,7 +388,7 @@ class CachedRepository(Repository[T]):
                 generation = new
             if HELD in (generation, entry):
                 return None
-            if entry is not None and entry[:1] == _LEASE and entry[9:17] == generation:
+            if _is_lease(entry, generation):
                 # Another process loads it, or a load of this one that began before this call.
                 if asyncio.get_running_loop().time() > end:
                     return None
@@ -420,19 +425,17 @@ class CachedRepository(Repository[T]):
         rows: dict[tuple[Any, ...], Row | None] = {}
         own: dict[tuple[Any, ...], Flight] = {}
         if not _is_generation(generation):
-            new = secrets.token_bytes(8)
-            try:
-                created = await cache.exchange(plan.generation, generation, new, _GENERATION_SECONDS)
-            except CacheUnavailable:
-                created = False
-            generation = new if created else None
-        for values, entry in entries.items():
-            leased = entry is not None and entry[:1] == _LEASE and entry[9:17] == generation
+            generation = await self._begin_generation(generation)
+        leased = {values for values, entry in entries.items() if _is_lease(entry, generation)}
+        if len(leased) > _AT_ONCE:
+            leased.clear()  # one read of them all costs less than to wait for so many, and perhaps in vain
+        for values in entries:
             place = (keys[values], plan.codec.version)
-            if generation not in (None, HELD) and entry != HELD and not leased and place not in cache.flights:
+            if values not in leased and place not in cache.flights:
                 own[values] = cache.flights[place] = Flight(loop.create_future())
         try:
-            await self._lease_all(own, keys, generation, entries)
+            if generation is not None and generation != HELD:
+                await self._lease_all(own, keys, generation, entries)
             for flight in own.values():
                 flight.is_loading = True
             together = [values for values in keys if values in own]
@@ -444,11 +447,11 @@ class CachedRepository(Repository[T]):
                 for values, flight in own.items():
                     rows[values] = found.get(values) if values in found else await self._other_spelling(values, found)
                     flight.outcome.set_result((rows[values],))
-                kept = [
+                kept = (
                     self._keep(_Lookup(keys[values], plan.key, values, True), flight.lease, rows[values])
                     for values, flight in own.items()
                     if flight.lease is not None
-                ]
+                )
                 await to_the_end(_all(kept))
         finally:
             for values, flight in own.items():
@@ -457,6 +460,14 @@ class CachedRepository(Repository[T]):
         lookups = [_Lookup(keys[values], plan.key, values, True) for values in others]
         rest = await asyncio.gather(*(self._load(lookup, generation, entries[lookup.values]) for lookup in lookups))
         return {values: self._own(row) for values, row in rows.items()} | dict(zip(others, rest, strict=True))
+
+    async def _begin_generation(self, found: bytes | None) -> bytes | None:
+        """Return a new generation of the table in the place of what was found; None where that is not there now."""
+        new = secrets.token_bytes(8)
+        with suppress(CacheUnavailable):
+            if await self._cache.exchange(self._plan.generation, found, new, _GENERATION_SECONDS):
+                return new
+        return None
 
     async def _other_spelling(self, values: tuple[Any, ...], found: Mapping[tuple[Any, ...], Row]) -> Row | None:
         """Return the row that the database, but not Python, finds under this key."""
@@ -468,11 +479,11 @@ class CachedRepository(Repository[T]):
         self,
         flights: Mapping[tuple[Any, ...], Flight],
         keys: Mapping[tuple[Any, ...], str],
-        generation: bytes | None,
+        generation: bytes,
         entries: Mapping[tuple[Any, ...], bytes | None],
     ) -> None:
         async def lease(values: tuple[Any, ...], flight: Flight) -> None:
-            token = _LEASE + self._plan.codec.version + (generation or b"") + secrets.token_bytes(8)
+            token = _LEASE + self._plan.codec.version + generation + secrets.token_bytes(8)
             flight.lease = token
             taken = False
             try:
@@ -481,7 +492,7 @@ class CachedRepository(Repository[T]):
                 if not taken:
                     flight.lease = None
 
-        await _all([lease(values, flight) for values, flight in flights.items()])
+        await _all(lease(values, flight) for values, flight in flights.items() if entries[values] != HELD)
 
     async def _read(self, lookup: _Lookup) -> Row | None:
         """Return the row as the store has it now, soft-deleted ones included."""
@@ -503,6 +514,8 @@ class CachedRepository(Repository[T]):
                 value = None if data is None else _VALUE + version_and_generation + data
         elif self._remember_misses is not None and plan.is_exact(lookup.names):
             value, seconds = _ABSENT + version_and_generation, self._remember_misses
+        # Nothing outlives its generation, and Redis refuses what is no number of milliseconds to it.
+        seconds = min(seconds, _GENERATION_SECONDS)
         seconds *= 1 - random.uniform(0, _JITTER)  # noqa: S311 - jitter, not a secret
         try:
             kept = await self._cache.exchange(lookup.key, lease, value, seconds)
@@ -537,21 +550,39 @@ class CachedRepository(Repository[T]):
             doubtful: what to distrust where nobody knows whether it was written.
         """
         if self._unit is not None:
-            _written.setdefault(self._unit.outermost, set()).update((self._plan.generation, *self._plan.dependants))
-            answer = await call
-            after = _Invalidation(self._unit, self._cache, stale(answer))
-            self._unit.on_commit(after, in_doubt=after.distrust)
+            _written.setdefault(self._unit.outermost, set()).update(self._plan.reached)
+            try:
+                answer = await call
+            except Exception as error:
+                if not isinstance(error, _KEPT_NOTHING):
+                    with suppress(RuntimeError):  # a unit that has ended has kept nothing of it
+                        self._follow(self._unit, self._possible(doubtful))
+                raise
+            self._follow(self._unit, stale(answer))
             return answer
         try:
             answer = await call
         except BaseException as error:
-            if not isinstance(error, _KEPT_NOTHING):
-                await to_the_end(self._cache.invalidate(*doubtful(), _DOUBT_SECONDS))
+            void = Stale() if isinstance(error, _KEPT_NOTHING) else self._possible(doubtful)
+            if any(void):
+                hold = 0.0 if isinstance(error, _IS_OVER) else _DOUBT_SECONDS
+                await to_the_end(self._cache.invalidate(*void, hold))
             raise
         void = stale(answer)
         if any(void):
             await to_the_end(self._cache.invalidate(*void))
         return answer
+
+    def _follow(self, unit: UnitOfWork, stale: Stale) -> None:
+        after = _Invalidation(unit, self._cache, stale)
+        unit.on_commit(after, in_doubt=after.distrust, comes_first=True)
+
+    def _possible(self, doubtful: Callable[[], Stale]) -> Stale:
+        """Return what a failed write may have made void: nothing where its arguments could not be sent at all."""
+        try:
+            return doubtful()
+        except (BuildingBlocksError, TypeError):
+            return Stale()
 
     async def invalidate_all(self) -> None:
         """Make every row of the table void: after it was changed past the cache."""
@@ -560,10 +591,13 @@ class CachedRepository(Repository[T]):
     def _of_entity(self, entity: T) -> Stale:
         """Return what the write of an entity makes void: its row, and the absence of its unique values."""
         try:
-            values = self._repository._dump(entity)
+            return self._of_argument(entity)
         except (BuildingBlocksError, TypeError):
             return self._plan.whole  # the repository says what is wrong with it
-        return self._plan.stale(values)
+
+    def _of_argument(self, entity: T) -> Stale:
+        """The same for an entity that is to be written, and raises where it cannot be."""
+        return self._plan.stale(self._repository._dump(entity))
 
     def _of_entities(self, entities: Iterable[T], seen: list[Stale]) -> Iterator[T]:
         """Yield entities on, and note what each makes void, up to a number."""
@@ -586,7 +620,7 @@ class CachedRepository(Repository[T]):
         return self._plan.whole
 
     async def add(self, entity: T) -> T:
-        return await self._write(self._repository.add(entity), self._of_entity, lambda: self._of_entity(entity))
+        return await self._write(self._repository.add(entity), self._of_entity, lambda: self._of_argument(entity))
 
     async def add_many(self, entities: Iterable[T]) -> int:
         seen: list[Stale] = []
@@ -594,11 +628,15 @@ class CachedRepository(Repository[T]):
         return await self._write(call, lambda _: self._of_all(seen), self._whole)
 
     async def update(self, entity: T) -> T:
-        call = self._repository.update(entity)
-        return await self._write(call, self._of_update, lambda: self._of_update(entity))
+        def doubtful() -> Stale:
+            return self._plan.with_followers(self._of_argument(entity))
+
+        return await self._write(self._repository.update(entity), self._of_update, doubtful)
 
     async def patch(self, id: Any, values: Mapping[str, Any], version: int | None = None) -> T:
         def doubtful() -> Stale:
+            for name in values:
+                self._repository._mapping.check(name, values[name])
             unique = any(name in values for names in self._plan.unique_keys for name in names)
             return self._plan.with_followers(self._plan.whole if unique else self._of_key(id))
 
@@ -621,7 +659,8 @@ class CachedRepository(Repository[T]):
 
     async def upsert(self, entity: T, on: Sequence[str] | None = None) -> T:
         def doubtful() -> Stale:
-            return self._of_update(entity) if on is None else self._of_any_update()
+            void = self._of_argument(entity)
+            return self._plan.with_followers(void if on is None else self._plan.whole)
 
         return await self._write(self._repository.upsert(entity, on), self._of_update, doubtful)
 
@@ -640,7 +679,7 @@ class CachedRepository(Repository[T]):
         return await self._write(
             self._repository.get_or_add(entity, on),
             lambda answer: self._of_entity(answer[0]) if answer[1] else Stale(),
-            lambda: self._of_entity(entity),
+            lambda: self._of_argument(entity),
         )
 
     async def delete(self, id: Any) -> bool:
@@ -724,6 +763,8 @@ class _Plan:
         self.whole = Stale((), (self.generation,))
         self.dependants = tuple(self._generation_of(prefix, other) for other in _dependants(table, "ondelete"))
         self._followers = tuple(self._generation_of(prefix, other) for other in _dependants(table, "onupdate"))
+        self.reached = (self.generation, *self.dependants, *self._followers)
+        """The tables that a write of this one may change."""
         self._hidden = frozenset(repository.hidden_columns)
         self.declared = {
             name: getattr(repository, name) for name in Repository.__annotations__ if not name.startswith("_")
@@ -895,10 +936,17 @@ async def _outcome_of(flight: Flight) -> Any:
     return flight.outcome.result()
 
 
-async def _all(calls: Sequence[Awaitable[None]]) -> None:
-    for outcome in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(outcome, BaseException) and not isinstance(outcome, CacheUnavailable):
-            raise outcome
+async def _all(calls: Iterator[Awaitable[None]]) -> None:
+    """Await them some at a time: ten thousand tasks hold the event loop up for longer than a cache may take."""
+    while part := list(islice(calls, _AT_ONCE)):
+        for outcome in await asyncio.gather(*part, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, CacheUnavailable):
+                raise outcome
+
+
+def _is_lease(entry: bytes | None, generation: bytes | None) -> bool:
+    """Whether somebody loads the row for this generation of its table."""
+    return entry is not None and entry[:1] == _LEASE and entry[9:17] == generation
 
 
 def _is_generation(value: bytes | None) -> TypeGuard[bytes]:

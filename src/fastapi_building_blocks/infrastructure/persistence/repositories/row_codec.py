@@ -157,13 +157,16 @@ def key_text(values: Sequence[Any]) -> str:
 def has_exact_equality(column: sa.Column[Any], dialect_name: str) -> bool:
     """Whether the database holds equal, in a WHERE, just those values of the column that are equal in Python.
 
-    Not so for text under a collation that ignores case or trailing spaces, as MariaDB's, MySQL's and SQL Server's do.
+    Not so for text under a collation that ignores case or trailing spaces, as MariaDB's, MySQL's and SQL Server's do,
+    nor for CHAR, which PostgreSQL pads.
     """
     kind = column.type
     if isinstance(kind, sa.Uuid):
         return kind.as_uuid
     if isinstance(kind, BinaryString):
         return dialect_name != "mssql"
+    if isinstance(kind, sa.CHAR | sa.NCHAR):
+        return False
     if isinstance(kind, sa.String):
         plain = kind.collation is None and type(kind).__module__.startswith("sqlalchemy.sql")
         return plain and dialect_name in ("postgresql", "sqlite", "memory")
