@@ -23,6 +23,7 @@ from fastapi_building_blocks.infrastructure import (
     SQLAlchemySession,
 )
 from fastapi_building_blocks.testing import RedisSentinelServer, RedisServer
+from fastapi_building_blocks.testing.fault_proxy import free_port
 from tests.faults.conftest import running
 
 metadata = sa.MetaData()
@@ -352,12 +353,14 @@ async def test_c3_a_cluster_of_three_and_three_loses_a_node_and_no_answer(
         "cluster-replica-validity-factor": 0,
         "repl-diskless-sync-delay": 0,
     }
-    servers = [RedisServer(settings) for _ in range(6)]
+    # By default the bus has the port 10,000 above, which may be a client's.
+    buses = [free_port() for _ in range(6)]
+    servers = [RedisServer({**settings, "cluster-port": bus}) for bus in buses]
     with ExitStack() as stack:
         for server in servers:
             stack.callback(server.close)
             next(running(server, "redis"))
-        await make_cluster(servers)
+        await make_cluster(servers, buses)
         url = f"redis+cluster://{','.join(f'127.0.0.1:{server.port}' for server in servers)}"
         async with two_caches(url, "cluster") as caches:
             ledger = Ledger(session, *caches)
@@ -371,7 +374,7 @@ async def test_c3_a_cluster_of_three_and_three_loses_a_node_and_no_answer(
     assert ledger.stale == 0
 
 
-async def make_cluster(servers: list[RedisServer]) -> None:
+async def make_cluster(servers: list[RedisServer], buses: list[int]) -> None:
     """Three primaries with a third of the slots each, and a replica of each."""
     clients = [redis.asyncio.from_url(server.url) for server in servers]
     try:
@@ -380,8 +383,8 @@ async def make_cluster(servers: list[RedisServer]) -> None:
             await client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
         for number, client in enumerate(clients):
             await client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
-        for server in servers[1:]:
-            await clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", server.port)
+        for server, bus in zip(servers[1:], buses[1:], strict=True):
+            await clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", server.port, bus)
 
         async def all_are_known() -> bool:
             answers = [await client.execute_command("CLUSTER", "INFO") for client in clients]
