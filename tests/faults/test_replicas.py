@@ -82,7 +82,9 @@ def cluster(request: pytest.FixtureRequest) -> Cluster:
 
 
 @asynccontextmanager
-async def served(cluster: Cluster, replicas: list[DatabaseServer]) -> AsyncIterator[httpx2.AsyncClient]:
+async def served(
+    cluster: Cluster, replicas: list[DatabaseServer], redis_url: str = ""
+) -> AsyncIterator[httpx2.AsyncClient]:
     """Serve with a process of its own, and yield a client that keeps its connections."""
     port = free_port()
     environment = os.environ | {
@@ -91,6 +93,7 @@ async def served(cluster: Cluster, replicas: list[DatabaseServer]) -> AsyncItera
         "DATABASE_REPLICA_URLS": ",".join(replica.url for replica in replicas),
         "DATABASE_MAX_LAG": "60",  # so that what is held back stays in rotation
         "CONSISTENCY_SECRET": "shared by both services",
+        "REDIS_URL": redis_url,
     }
     command = [sys.executable, "-m", "uvicorn", "tests.faults.replicated_service:app", "--port", str(port)]
     process = await asyncio.create_subprocess_exec(*command, "--log-level", "warning", cwd=ROOT, env=environment)
@@ -167,6 +170,55 @@ async def test_c1_the_writer_reads_its_own_writes_through_another_service(
         if kind == "postgresql":
             near = f"127.0.0.1:{cluster.near.port}"
             assert reads[near] > clients * each / 4, "a replica that has replayed the write is read from"
+
+
+async def test_c1_c3_replicas_and_a_cache_together_show_nothing_old(
+    postgresql_cluster: Cluster, redis_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
+) -> None:
+    cluster, clients, each = postgresql_cluster, 4, effort(160, 2000) // 4
+    async with opened(cluster.primary.url):
+        await until(lambda: has_table(cluster.held), DELAY + 15)
+
+    async def client(services: list[httpx2.AsyncClient], number: int) -> tuple[int, int, int]:
+        cached = listed = blind = 0
+        headers: dict[str, str] = {}
+        for turn in range(each):
+            writer, reader = services[turn % 2], services[1 - turn % 2]
+            blind += (await reader.get(f"/listed/{number}")).json() != (turn - 1 if turn else None)
+            written = await writer.put(f"/accounts/{number}/{turn}", headers=headers)
+            assert written.status_code == 200, written.text
+            headers = {"X-Consistency-Token": written.headers["X-Consistency-Token"]}
+            for service in (reader, writer):
+                cached += (await service.get(f"/accounts/{number}", headers=headers)).json() != turn
+                listed += (await service.get(f"/listed/{number}", headers=headers)).json() != turn
+        return cached, listed, blind
+
+    async with AsyncExitStack() as stack:
+        both = [cluster.near, cluster.held]
+        services = [await stack.enter_async_context(served(cluster, both, redis_url)) for _ in range(2)]
+        for service in services:
+            async with asyncio.timeout(DELAY + 15):
+                while (await service.get("/replicas")).json()["waiting"]:
+                    await asyncio.sleep(0.2)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(client(services, 200 + number)) for number in range(clients)]
+        old_cached, old_listed, blind = (sum(counts) for counts in zip(*(task.result() for task in tasks), strict=True))
+        figures = [(await service.get("/replicas")).json() for service in services]
+    hits, reads = (sum(one["hits"] for one in figures), sum(sum(one["reads"].values()) for one in figures))
+    shown(
+        "C1",
+        f"PostgreSQL, 2 replicas, one {DELAY} s behind, and Redis; two services that share the header",
+        pairs=clients * each,
+        stale_cached=old_cached,
+        stale_listed=old_listed,
+        stale_without_token=blind,
+        hits=hits,
+        reads_on_replicas=reads,
+    )
+    assert (old_cached, old_listed) == (0, 0)
+    assert blind > 0, "the test cannot see old data"
+    assert hits >= clients * each / 2
+    assert reads >= clients * each / 2
 
 
 def has_table(server: Any) -> bool:
