@@ -16,7 +16,7 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.infrastructure import SQLAlchemySession, StatementEvent, deadline
+from fastapi_building_blocks.infrastructure import SQLAlchemySession, StatementEvent, deadline, reads_from_primary
 from fastapi_building_blocks.infrastructure.database.consistency import ConsistencyScope, Mark, consistency_scope
 from fastapi_building_blocks.testing import (
     MARIADB_PRIMARY,
@@ -275,6 +275,43 @@ async def test_c1_a_token_that_no_replica_reaches_waits_no_longer_than_said(clus
             mark.position_at -= 10.0 + 60.0
             assert (await Accounts(session).get(3)).balance == 5
             assert session.replica_status()[0].reads == reads + 1
+
+
+async def test_c1_what_a_function_has_written_is_seen(postgresql_cluster: Cluster) -> None:
+    """A replica refuses it, so it is done on the primary, and nothing but the refusal says that it writes."""
+    cluster = postgresql_cluster
+    bump = "UPDATE accounts SET balance = balance + 1 WHERE id = $1 RETURNING balance"
+    async with opened(cluster.primary.url, max_lag=60, **cluster.urls(cluster.held)) as session:
+        await Accounts(session).upsert(account(4, 0))
+        await session.execute(
+            sa.text(f"CREATE OR REPLACE FUNCTION bump(integer) RETURNS integer LANGUAGE sql AS '{bump}'")
+        )
+        found = "SELECT count(*) FROM pg_proc WHERE proname = 'bump'"
+        await until(lambda: cluster.held._ask(found) == "1", DELAY + 15)
+        await until(lambda: session.replica_status()[0].in_rotation, DELAY + 15)
+        calls = (sa.select(sa.func.bump(4)), sa.select(sa.text("bump(4)")), sa.select(sa.literal_column("bump(4)")))
+        for written, call in enumerate((*calls, calls[0]), 1):
+            with consistency_scope(ConsistencyScope()):
+                if written == 4:  # without a replica that refuses it
+                    with reads_from_primary():
+                        await session.execute(call)
+                else:
+                    await session.execute(call)
+                assert (await Accounts(session).get(4)).balance == written
+
+
+async def test_a_lock_or_a_number_by_a_function_is_the_primarys(postgresql_cluster: Cluster) -> None:
+    """A replica would give the same advisory lock once more."""
+    cluster = postgresql_cluster
+    async with opened(cluster.primary.url, max_lag=60, **cluster.urls(cluster.near)) as session:
+        await until(lambda: session.replica_status()[0].in_rotation, 15)
+        port = sa.func.inet_server_port()
+        with consistency_scope(ConsistencyScope()):
+            assert (await session.execute(sa.select(port))).scalar_one() == cluster.near.port
+        for name in ("pg_try_advisory_lock", "pg_advisory_unlock"):
+            with consistency_scope(ConsistencyScope()):
+                _, asked = (await session.execute(sa.select(getattr(sa.func, name)(42), port))).one()
+                assert asked == cluster.primary.port, name
 
 
 # C2: one unit, one server; replicas leave and come back
