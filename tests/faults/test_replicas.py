@@ -314,6 +314,21 @@ async def test_a_lock_or_a_number_by_a_function_is_the_primarys(postgresql_clust
                 assert asked == cluster.primary.port, name
 
 
+async def test_c1_the_wait_for_a_replica_leaves_time_for_the_primary(cluster: Cluster) -> None:
+    """Of a deadline that is shorter than ``consistency_wait``."""
+    async with opened(cluster.primary.url, consistency_wait=5.0, **cluster.urls(cluster.near)) as session:
+        await Accounts(session).upsert(account(3, 0))
+        await until(lambda: session.replica_status()[0].in_rotation, 15)
+        with consistency_scope(ConsistencyScope()) as scope:
+            await Accounts(session).update(account(3, 6))
+            await scope.token()
+            (mark,) = scope.marks.values()
+            assert mark.position is not None
+            mark.add(Mark(dict.fromkeys(mark.position, 2**62), time.monotonic()))
+            with deadline(0.5):
+                assert (await Accounts(session).get(3)).balance == 6
+
+
 # C2: one unit, one server; replicas leave and come back
 
 

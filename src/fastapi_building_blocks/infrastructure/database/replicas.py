@@ -302,7 +302,7 @@ class ReplicaSet:
     async def _caught_up(self, wanted: Position, since: float) -> "Replica | None":
         """Wait until a replica is as far, within ``consistency_wait``; None: none was."""
         now = time.monotonic()
-        give_up = now + min(self._wait, seconds_left())
+        give_up = now + min(self._wait, seconds_left() / 2)  # the primary needs some of it as well
         # One that was behind by more a moment ago need not be asked.
         near = [one for one in self._rotation if (one.lag or 0.0) - (now - since) <= self._wait]
         near.sort(key=lambda one: one.lag or 0.0)
