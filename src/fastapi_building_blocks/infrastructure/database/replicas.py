@@ -145,9 +145,10 @@ class ReplicaSet:
         self._history, self._ask_primary = _History(), _Shared(self._ask)
         for replica in self._replicas:
             replica.begin()
+        # Before anything is awaited, so that a second caller begins no other.
+        self._monitor = asyncio.get_running_loop().create_task(self._watch(), context=Context())
         await self._sample()
         await asyncio.gather(*[self._look_at(replica) for replica in self._replicas])
-        self._monitor = asyncio.get_running_loop().create_task(self._watch(), context=Context())
 
     async def stop(self) -> None:
         """Give every connection to replicas back."""
