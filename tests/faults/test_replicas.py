@@ -25,6 +25,7 @@ from fastapi_building_blocks.testing import (
     MariaDBServer,
     PostgreSQLReplica,
     PostgreSQLServer,
+    database_servers,
 )
 from fastapi_building_blocks.testing.fault_proxy import free_port
 from tests.faults.breaking import HONEST, ending_of
@@ -483,6 +484,50 @@ async def test_c2_a_promoted_replica_is_not_read_from_again(cluster: Cluster, sh
             wrong = [one for one in load.wrong if "balance=-1" not in one]
             assert not wrong, wrong[:10]
             shown("C2", f"{cluster.name}, a replica promoted under load", reads=load.reads, left_after=f"{left:.2f} s")
+
+
+async def test_c2_a_replica_of_another_cluster_is_not_read_from(
+    postgresql_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log may well be longer, and it has a database of the same name."""
+    cluster = postgresql_cluster
+    # A copy of the same initdb would pass for the same cluster.
+    monkeypatch.setattr(database_servers, "_postgresql_template", database_servers._postgresql_template.__wrapped__)
+    with ExitStack() as stack:
+        other = PostgreSQLServer()
+        for server in running(other, "postgres"):
+            async with opened(server.url) as session:
+                await Accounts(session).upsert(account(5, -1))
+                for _ in range(20):
+                    await session.execute(sa.text("SELECT pg_switch_wal()"))
+                    await session.execute(sa.text("SELECT pg_logical_emit_message(true, 'x', 'y')"))
+            stranger = stack.enter_context(PostgreSQLReplica(other))
+            async with opened(cluster.primary.url, **cluster.urls(stranger, cluster.near)) as session:
+                await Accounts(session).upsert(account(5, 5))
+                await until(lambda: session.replica_status()[1].in_rotation, 15)
+                for _ in range(10):
+                    assert (await Accounts(session).get(5)).balance == 5
+                status = session.replica_status()[0]
+                assert (status.in_rotation, status.reads) == (False, 0)
+                assert "follows another one" in status.reason
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["driver", "portable"])
+async def test_who_may_not_ask_for_the_cluster_reads_from_replicas_all_the_same(
+    postgresql_cluster: Cluster, portable: bool
+) -> None:
+    cluster = postgresql_cluster
+    primary, near = (sa.make_url(one.url).set(username="plain") for one in (cluster.primary, cluster.near))
+    ask = cluster.primary._ask  # type: ignore[attr-defined]
+    ask("DROP ROLE IF EXISTS plain; CREATE ROLE plain LOGIN; REVOKE EXECUTE ON FUNCTION pg_control_system FROM PUBLIC")
+    try:
+        async with SQLAlchemySession(primary, replica_urls=[near], portable=portable) as session:
+            await until(lambda: session.replica_status()[0].in_rotation, 15)
+            await session.execute(sa.text("SELECT 1"))  # marks
+            assert (await session.execute(sa.select(sa.func.current_user()))).scalar_one() == "plain"
+            assert session.replica_status()[0].reads == 1
+    finally:
+        ask("GRANT EXECUTE ON FUNCTION pg_control_system TO PUBLIC")
 
 
 async def test_c2_a_frozen_replica_ends_what_only_it_can_answer(cluster: Cluster) -> None:

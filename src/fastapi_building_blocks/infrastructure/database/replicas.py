@@ -359,7 +359,9 @@ class ReplicaSet:
         if not said.is_replica:
             self._leave(replica, "it is no replica (any more): it takes writes of its own")
         elif self._history and replica.lag is None:
-            self._leave(replica, "it has not replayed what the primary had when it was first looked at")
+            self._leave(
+                replica, "it has not replayed what the primary had when it was first looked at, or follows another one"
+            )
         elif (replica.lag or 0.0) > self._max_lag:
             self._leave(replica, f"it lags by {replica.lag:.1f} s")
         elif not replica.in_rotation:
