@@ -140,6 +140,10 @@ async def test_a_query_with_a_write_in_it_is_one() -> None:
     assert not module._is_read(sa.insert(accounts))
     assert not module._is_read(sa.text("SELECT 1"))
     assert module._is_read(sa.select(accounts).where(sa.text("id = 1")))
+    for name in ("pg_advisory_xact_lock", "pg_try_advisory_lock", "GET_LOCK", "nextval", "last_insert_id"):
+        assert not module._is_read(sa.select(getattr(sa.func, name)(1))), name
+    assert not module._is_read(sa.select(sa.Sequence("numbers").next_value()))
+    assert module._is_read(sa.select(sa.func.locked(1), sa.func.lastvalue(1), sa.func.lower("A")))
 
 
 # A session without replicas
