@@ -561,9 +561,15 @@ def show_deletion(walk: Walk, bob: str) -> None:
 
 
 @contextmanager
-def running_service(url: str, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running_service(url: str, port: int, log: Path, redis_url: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """Start the service, wait until it is ready, and stop it at the end."""
-    environment = os.environ | {"DATABASE_URL": url, "HOST": "127.0.0.1", "PORT": str(port)}
+    # No cache unless it is asked for: a Redis that REDIS_URL names belongs to another database.
+    environment = os.environ | {
+        "DATABASE_URL": url,
+        "REDIS_URL": redis_url,
+        "HOST": "127.0.0.1",
+        "PORT": str(port),
+    }
     command = [sys.executable, "-m", "example_service.app.main"]
     with (
         log.open("wb") as output,

@@ -4,6 +4,8 @@ import asyncio
 import logging.config
 import signal
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import uvicorn
@@ -13,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from example_service.app.api.v1 import users
 from example_service.app.core.config import get_database_settings, get_settings
-from example_service.app.core.database import get_db
+from example_service.app.core.database import get_cache, get_db
 from fastapi_building_blocks.api import (
     BodyLimitMiddleware,
     ConsistencyMiddleware,
@@ -25,7 +27,7 @@ from fastapi_building_blocks.api import (
     install_problem_details,
 )
 from fastapi_building_blocks.domain import BuildingBlocksError, UnavailableError
-from fastapi_building_blocks.infrastructure import DatabaseSession, DatabaseSettings, SQLAlchemySession
+from fastapi_building_blocks.infrastructure import Cache, DatabaseSession, DatabaseSettings, SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.migrations import upgrade
 
 logger = logging.getLogger(__name__)
@@ -58,21 +60,29 @@ LOGGING = {
 }
 
 
-def create_app(session: DatabaseSession | None = None) -> FastAPI:
+def create_app(session: DatabaseSession | None = None, cache: Cache | None = None) -> FastAPI:
     """Return the application.
 
     Args:
         session: what it runs on instead of the settings' database, for tests.
+        cache: the cache in front of that, instead of the settings'.
     """
     database, settings = session or get_db(), get_settings()
+    cache = get_cache() if session is None else cache
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with database_lifespan(database)(app), cache or nullcontext():
+            yield
+
     app = FastAPI(
         title="User management",
         description="Users, on whatever database DATABASE_URL names.",
         version="1.0.0",
-        lifespan=database_lifespan(database),
+        lifespan=lifespan,
     )
     if session is not None:
-        app.dependency_overrides[get_db] = lambda: session
+        app.dependency_overrides |= {get_db: lambda: session, get_cache: lambda: cache}
     install_problem_details(app)
     app.add_middleware(BodyLimitMiddleware)
     if get_database_settings().replica_urls:

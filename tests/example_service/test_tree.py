@@ -87,7 +87,7 @@ def test_requirements_name_what_the_extra_installs():
     extras = project["optional-dependencies"]
     installed = {
         re.split(r"[\[<>=]", name)[0]
-        for extra in ("sqlite", "postgres", "mysql", "migrations", "example")
+        for extra in ("sqlite", "postgres", "mysql", "redis", "migrations", "example")
         for name in (*extras[extra], *project["dependencies"])
     }
     # httpx2 is for tests; pydantic comes with FastAPI and is used by name here.

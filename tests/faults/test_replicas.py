@@ -16,7 +16,7 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.infrastructure import SQLAlchemySession, StatementEvent, deadline
+from fastapi_building_blocks.infrastructure import SQLAlchemySession, StatementEvent, deadline, reads_from_primary
 from fastapi_building_blocks.infrastructure.database.consistency import ConsistencyScope, Mark, consistency_scope
 from fastapi_building_blocks.testing import (
     MARIADB_PRIMARY,
@@ -25,6 +25,7 @@ from fastapi_building_blocks.testing import (
     MariaDBServer,
     PostgreSQLReplica,
     PostgreSQLServer,
+    database_servers,
 )
 from fastapi_building_blocks.testing.fault_proxy import free_port
 from tests.faults.breaking import HONEST, ending_of
@@ -82,7 +83,9 @@ def cluster(request: pytest.FixtureRequest) -> Cluster:
 
 
 @asynccontextmanager
-async def served(cluster: Cluster, replicas: list[DatabaseServer]) -> AsyncIterator[httpx2.AsyncClient]:
+async def served(
+    cluster: Cluster, replicas: list[DatabaseServer], redis_url: str = ""
+) -> AsyncIterator[httpx2.AsyncClient]:
     """Serve with a process of its own, and yield a client that keeps its connections."""
     port = free_port()
     environment = os.environ | {
@@ -91,6 +94,7 @@ async def served(cluster: Cluster, replicas: list[DatabaseServer]) -> AsyncItera
         "DATABASE_REPLICA_URLS": ",".join(replica.url for replica in replicas),
         "DATABASE_MAX_LAG": "60",  # so that what is held back stays in rotation
         "CONSISTENCY_SECRET": "shared by both services",
+        "REDIS_URL": redis_url,
     }
     command = [sys.executable, "-m", "uvicorn", "tests.faults.replicated_service:app", "--port", str(port)]
     process = await asyncio.create_subprocess_exec(*command, "--log-level", "warning", cwd=ROOT, env=environment)
@@ -169,6 +173,55 @@ async def test_c1_the_writer_reads_its_own_writes_through_another_service(
             assert reads[near] > clients * each / 4, "a replica that has replayed the write is read from"
 
 
+async def test_c1_c3_replicas_and_a_cache_together_show_nothing_old(
+    postgresql_cluster: Cluster, redis_url: str, effort: Callable[[int, int], int], shown: Callable[..., None]
+) -> None:
+    cluster, clients, each = postgresql_cluster, 4, effort(160, 2000) // 4
+    async with opened(cluster.primary.url):
+        await until(lambda: has_table(cluster.held), DELAY + 15)
+
+    async def client(services: list[httpx2.AsyncClient], number: int) -> tuple[int, int, int]:
+        cached = listed = blind = 0
+        headers: dict[str, str] = {}
+        for turn in range(each):
+            writer, reader = services[turn % 2], services[1 - turn % 2]
+            blind += (await reader.get(f"/listed/{number}")).json() != (turn - 1 if turn else None)
+            written = await writer.put(f"/accounts/{number}/{turn}", headers=headers)
+            assert written.status_code == 200, written.text
+            headers = {"X-Consistency-Token": written.headers["X-Consistency-Token"]}
+            for service in (reader, writer):
+                cached += (await service.get(f"/accounts/{number}", headers=headers)).json() != turn
+                listed += (await service.get(f"/listed/{number}", headers=headers)).json() != turn
+        return cached, listed, blind
+
+    async with AsyncExitStack() as stack:
+        both = [cluster.near, cluster.held]
+        services = [await stack.enter_async_context(served(cluster, both, redis_url)) for _ in range(2)]
+        for service in services:
+            async with asyncio.timeout(DELAY + 15):
+                while (await service.get("/replicas")).json()["waiting"]:
+                    await asyncio.sleep(0.2)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(client(services, 200 + number)) for number in range(clients)]
+        old_cached, old_listed, blind = (sum(counts) for counts in zip(*(task.result() for task in tasks), strict=True))
+        figures = [(await service.get("/replicas")).json() for service in services]
+    hits, reads = (sum(one["hits"] for one in figures), sum(sum(one["reads"].values()) for one in figures))
+    shown(
+        "C1",
+        f"PostgreSQL, 2 replicas, one {DELAY} s behind, and Redis; two services that share the header",
+        pairs=clients * each,
+        stale_cached=old_cached,
+        stale_listed=old_listed,
+        stale_without_token=blind,
+        hits=hits,
+        reads_on_replicas=reads,
+    )
+    assert (old_cached, old_listed) == (0, 0)
+    assert blind > 0, "the test cannot see old data"
+    assert hits >= clients * each / 2
+    assert reads >= clients * each / 2
+
+
 def has_table(server: Any) -> bool:
     sql = "SELECT count(*) FROM information_schema.tables WHERE table_name = 'accounts'"
     return server._ask(sql) == "1"
@@ -223,6 +276,58 @@ async def test_c1_a_token_that_no_replica_reaches_waits_no_longer_than_said(clus
             mark.position_at -= 10.0 + 60.0
             assert (await Accounts(session).get(3)).balance == 5
             assert session.replica_status()[0].reads == reads + 1
+
+
+async def test_c1_what_a_function_has_written_is_seen(postgresql_cluster: Cluster) -> None:
+    """A replica refuses it, so it is done on the primary, and nothing but the refusal says that it writes."""
+    cluster = postgresql_cluster
+    bump = "UPDATE accounts SET balance = balance + 1 WHERE id = $1 RETURNING balance"
+    async with opened(cluster.primary.url, max_lag=60, **cluster.urls(cluster.held)) as session:
+        await Accounts(session).upsert(account(4, 0))
+        await session.execute(
+            sa.text(f"CREATE OR REPLACE FUNCTION bump(integer) RETURNS integer LANGUAGE sql AS '{bump}'")
+        )
+        found = "SELECT count(*) FROM pg_proc WHERE proname = 'bump'"
+        await until(lambda: cluster.held._ask(found) == "1", DELAY + 15)
+        await until(lambda: session.replica_status()[0].in_rotation, DELAY + 15)
+        calls = (sa.select(sa.func.bump(4)), sa.select(sa.text("bump(4)")), sa.select(sa.literal_column("bump(4)")))
+        for written, call in enumerate((*calls, calls[0]), 1):
+            with consistency_scope(ConsistencyScope()):
+                if written == 4:  # without a replica that refuses it
+                    with reads_from_primary():
+                        await session.execute(call)
+                else:
+                    await session.execute(call)
+                assert (await Accounts(session).get(4)).balance == written
+
+
+async def test_a_lock_or_a_number_by_a_function_is_the_primarys(postgresql_cluster: Cluster) -> None:
+    """A replica would give the same advisory lock once more."""
+    cluster = postgresql_cluster
+    async with opened(cluster.primary.url, max_lag=60, **cluster.urls(cluster.near)) as session:
+        await until(lambda: session.replica_status()[0].in_rotation, 15)
+        port = sa.func.inet_server_port()
+        with consistency_scope(ConsistencyScope()):
+            assert (await session.execute(sa.select(port))).scalar_one() == cluster.near.port
+        for name in ("pg_try_advisory_lock", "pg_advisory_unlock"):
+            with consistency_scope(ConsistencyScope()):
+                _, asked = (await session.execute(sa.select(getattr(sa.func, name)(42), port))).one()
+                assert asked == cluster.primary.port, name
+
+
+async def test_c1_the_wait_for_a_replica_leaves_time_for_the_primary(cluster: Cluster) -> None:
+    """Of a deadline that is shorter than ``consistency_wait``."""
+    async with opened(cluster.primary.url, consistency_wait=5.0, **cluster.urls(cluster.near)) as session:
+        await Accounts(session).upsert(account(3, 0))
+        await until(lambda: session.replica_status()[0].in_rotation, 15)
+        with consistency_scope(ConsistencyScope()) as scope:
+            await Accounts(session).update(account(3, 6))
+            await scope.token()
+            (mark,) = scope.marks.values()
+            assert mark.position is not None
+            mark.add(Mark(dict.fromkeys(mark.position, 2**62), time.monotonic()))
+            with deadline(0.5):
+                assert (await Accounts(session).get(3)).balance == 6
 
 
 # C2: one unit, one server; replicas leave and come back
@@ -379,6 +484,55 @@ async def test_c2_a_promoted_replica_is_not_read_from_again(cluster: Cluster, sh
             wrong = [one for one in load.wrong if "balance=-1" not in one]
             assert not wrong, wrong[:10]
             shown("C2", f"{cluster.name}, a replica promoted under load", reads=load.reads, left_after=f"{left:.2f} s")
+
+
+async def test_c2_a_replica_of_another_cluster_is_not_read_from(
+    postgresql_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log may well be longer, and it has a database of the same name."""
+    cluster = postgresql_cluster
+    # A copy of the same initdb would pass for the same cluster.
+    monkeypatch.setattr(database_servers, "_postgresql_template", database_servers._postgresql_template.__wrapped__)
+    with ExitStack() as stack:
+        other = PostgreSQLServer()
+        for server in running(other, "postgres"):
+            async with opened(server.url) as session:
+                await Accounts(session).upsert(account(5, -1))
+                for _ in range(20):
+                    await session.execute(sa.text("SELECT pg_switch_wal()"))
+                    await session.execute(sa.text("SELECT pg_logical_emit_message(true, 'x', 'y')"))
+            stranger = stack.enter_context(PostgreSQLReplica(other))
+            async with opened(cluster.primary.url, **cluster.urls(stranger, cluster.near)) as session:
+                await Accounts(session).upsert(account(5, 5))
+                await until(lambda: session.replica_status()[1].in_rotation, 15)
+                for _ in range(10):
+                    assert (await Accounts(session).get(5)).balance == 5
+                status = session.replica_status()[0]
+                assert (status.in_rotation, status.reads) == (False, 0)
+                assert "follows another one" in status.reason
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["driver", "portable"])
+async def test_who_may_not_ask_for_the_cluster_reads_from_replicas_all_the_same(
+    postgresql_cluster: Cluster, portable: bool
+) -> None:
+    cluster = postgresql_cluster
+    primary, near = (sa.make_url(one.url).set(username="plain") for one in (cluster.primary, cluster.near))
+    asking = "EXECUTE ON FUNCTION pg_control_system"
+    async with SQLAlchemySession(cluster.primary.url) as owner:
+        for sql in ("DROP ROLE IF EXISTS plain", "CREATE ROLE plain LOGIN", f"REVOKE {asking} FROM PUBLIC"):
+            await owner.execute(sa.text(sql))
+        try:
+            async with SQLAlchemySession(primary, replica_urls=[near], portable=portable) as session:
+                await until(lambda: session.replica_status()[0].in_rotation, 15)
+                await session.execute(sa.text("SELECT 1"))  # marks
+                async with asyncio.timeout(10):
+                    while not session.replica_status()[0].reads:
+                        # A commit, which flushes what a vacuum or a pruned page has left unflushed in the log.
+                        await owner.execute(sa.text("SELECT pg_logical_emit_message(true, 'x', 'y')"))
+                        assert (await session.execute(sa.select(sa.func.current_user()))).scalar_one() == "plain"
+        finally:
+            await owner.execute(sa.text(f"GRANT {asking} TO PUBLIC"))
 
 
 async def test_c2_a_frozen_replica_ends_what_only_it_can_answer(cluster: Cluster) -> None:

@@ -26,9 +26,11 @@ from fastapi_building_blocks.testing import (
     MariaDBServer,
     MissingServer,
     PgBouncerServer,
+    PostgreSQLReplica,
     PostgreSQLServer,
     RedisServer,
     assert_connections_sound,
+    database_servers,
     storm,
 )
 from tests.backends import required_backends
@@ -555,3 +557,17 @@ async def test_a_half_read_connection_is_found(mariadb: MariaDBServer):
         pool.release(connection)
         with pytest.raises(AssertionError, match="reads at once after the pool had settled"):
             await assert_connections_sound(session)
+
+
+def test_a_replica_is_asked_again_where_replay_has_ended_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([RuntimeError("psql failed:\nERROR:  canceling statement due to conflict with recovery"), "paused\n"])
+
+    def run(*_: object) -> str:
+        answer = next(said)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    replica = PostgreSQLReplica(PostgreSQLServer())
+    monkeypatch.setattr(database_servers, "_run", run)
+    assert replica._ask("SELECT pg_get_wal_replay_pause_state()") == "paused"

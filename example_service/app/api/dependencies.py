@@ -5,12 +5,14 @@ from typing import Annotated
 
 from fastapi import Depends
 
-from example_service.app.core.database import get_db
+from example_service.app.core.database import get_cache, get_db
+from example_service.app.infrastructure.repositories.cached_user_repository import CachedUserRepository
 from example_service.app.infrastructure.repositories.postgres_user_repository import PostgresUserRepository
-from example_service.app.infrastructure.repositories.user_repository import UserRepository
-from fastapi_building_blocks.infrastructure import DatabaseSession, UnitOfWork
+from example_service.app.infrastructure.repositories.user_repository import FindsUsers, UserRepository
+from fastapi_building_blocks.infrastructure import Cache, DatabaseSession, UnitOfWork
 
 Database = Annotated[DatabaseSession, Depends(get_db)]
+UserCache = Annotated[Cache | None, Depends(get_cache)]
 
 
 async def get_unit_of_work(database: Database) -> AsyncIterator[UnitOfWork]:
@@ -30,13 +32,17 @@ def user_repository(session: DatabaseSession) -> UserRepository:
     return UserRepository(session)
 
 
-async def _users(database: Database) -> UserRepository:
-    return user_repository(database)
+def _cached(users: UserRepository, cache: Cache | None) -> FindsUsers:
+    return users if cache is None else CachedUserRepository(users, cache)
 
 
-async def _users_in_unit(unit: UnitOfWorkDep) -> UserRepository:
-    return user_repository(unit)
+async def _users(database: Database, cache: UserCache) -> FindsUsers:
+    return _cached(user_repository(database), cache)
 
 
-Users = Annotated[UserRepository, Depends(_users)]
-UsersInUnit = Annotated[UserRepository, Depends(_users_in_unit, scope="function")]
+async def _users_in_unit(unit: UnitOfWorkDep, cache: UserCache) -> FindsUsers:
+    return _cached(user_repository(unit), cache)
+
+
+Users = Annotated[FindsUsers, Depends(_users)]
+UsersInUnit = Annotated[FindsUsers, Depends(_users_in_unit, scope="function")]

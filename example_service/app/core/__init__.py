@@ -1,1 +1,1 @@
-"""Settings, and the one database session."""
+"""Settings, the one database session, and the cache in front of it."""

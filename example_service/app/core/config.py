@@ -26,6 +26,8 @@ class ServiceSettings(BaseSettings):
     """How long requests in flight have after that."""
     consistency_secret: SecretStr = SecretStr("")
     """What signs consistency tokens, where there are read replicas: the same for every process of the service."""
+    redis_url: SecretStr = SecretStr("")
+    """Where users are cached; empty: nowhere. One Redis, or one of its numbered databases, for one database of users."""
 
 
 @lru_cache

@@ -315,7 +315,14 @@ class PostgreSQLReplica(PostgreSQLServer):
 
     def _ask(self, sql: str) -> str:
         place = ["-h", self.host, "-p", str(self.port), "-U", "postgres", "-d", "postgres"]
-        return _run([_postgresql_program("psql"), *place, "-X", "-A", "-t", "-c", sql], None).strip()
+        give_up = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                return _run([_postgresql_program("psql"), *place, "-X", "-A", "-t", "-c", sql], None).strip()
+            except RuntimeError as error:
+                # Replay ends what is in its way, after max_standby_streaming_delay.
+                if "conflict with recovery" not in str(error) or time.monotonic() > give_up:
+                    raise
 
 
 _STANDBY_NEEDS = ("max_connections", "max_worker_processes", "max_wal_senders", "max_locks_per_transaction")

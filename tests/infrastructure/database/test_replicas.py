@@ -140,6 +140,10 @@ async def test_a_query_with_a_write_in_it_is_one() -> None:
     assert not module._is_read(sa.insert(accounts))
     assert not module._is_read(sa.text("SELECT 1"))
     assert module._is_read(sa.select(accounts).where(sa.text("id = 1")))
+    for name in ("pg_advisory_xact_lock", "pg_try_advisory_lock", "GET_LOCK", "nextval", "last_insert_id"):
+        assert not module._is_read(sa.select(getattr(sa.func, name)(1))), name
+    assert not module._is_read(sa.select(sa.Sequence("numbers").next_value()))
+    assert module._is_read(sa.select(sa.func.locked(1), sa.func.lastvalue(1), sa.func.lower("A")))
 
 
 # A session without replicas
@@ -347,6 +351,42 @@ async def test_a_session_is_used_again_after_it_was_disconnected(session: SQLAlc
     tasks = {task.get_name() for task in asyncio.all_tasks()}
     await session.disconnect()
     assert len({task.get_name() for task in asyncio.all_tasks()}) < len(tasks), "nobody looks any more"
+
+
+async def test_two_that_connect_at_once_watch_the_replicas_once(urls: list[str]) -> None:
+    session = SQLAlchemySession(urls[0], replica_urls=urls[1:])
+    await asyncio.gather(session.connect(), session.connect())
+    await asyncio.sleep(0)
+    watching = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "ReplicaSet._watch"]  # type: ignore[union-attr]
+    assert len(watching) == 1
+    await session.disconnect()
+    assert all(task.done() for task in watching)
+
+
+async def test_a_connect_that_is_cancelled_leaves_nothing_open(
+    urls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = SQLAlchemySession(urls[0], replica_urls=urls[1:])
+    replicas = session._replicas
+    assert replicas is not None
+    looking = asyncio.Event()
+
+    async def look(replica: Any) -> bool:
+        looking.set()
+        await asyncio.sleep(60)
+        return True
+
+    monkeypatch.setattr(replicas, "_look_at", look)
+    connecting = asyncio.create_task(session.connect())
+    await looking.wait()
+    connecting.cancel()
+    await asyncio.wait({connecting})
+    assert connecting.cancelled()
+    assert not session.is_connected
+    with pytest.raises(RuntimeError, match="not connected"):
+        await where(session)
+    assert [one.pool.checkedin() + one.pool.checkedout() for one in (session, *replicas._sessions())] == [0, 0, 0, 0]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_preparing_a_session_reads_from_the_primary(urls: list[str]) -> None:

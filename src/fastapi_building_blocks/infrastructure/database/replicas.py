@@ -20,6 +20,7 @@ import hashlib
 import logging
 import math
 import random
+import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -59,6 +60,12 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.02
 """Seconds between two questions to a replica whether it is as far as a read needs it."""
 _CERTAIN = 60.0
 """Seconds after ``max_lag`` in which a mark is still regarded: what clocks of different machines may differ by."""
+_OF_ITS_SERVER = re.compile(
+    r"pg_(try_)?advisory_|(get|release|release_all|is_free|is_used)_locks?$|(next|set|curr|last)val$|next_value$"
+    r"|last_insert_id$",
+    re.IGNORECASE,
+)
+"""Functions about a lock or a sequence, which a replica has none of, or one that is not the primary's."""
 _HISTORY = 120.0
 _SAMPLE = 0.1
 """Seconds between two positions of the primary that are remembered."""
@@ -138,9 +145,10 @@ class ReplicaSet:
         self._history, self._ask_primary = _History(), _Shared(self._ask)
         for replica in self._replicas:
             replica.begin()
+        # Before anything is awaited, so that a second caller begins no other.
+        self._monitor = asyncio.get_running_loop().create_task(self._watch(), context=Context())
         await self._sample()
         await asyncio.gather(*[self._look_at(replica) for replica in self._replicas])
-        self._monitor = asyncio.get_running_loop().create_task(self._watch(), context=Context())
 
     async def stop(self) -> None:
         """Give every connection to replicas back."""
@@ -184,7 +192,11 @@ class ReplicaSet:
                 return await replica.perform(operation, statement, arguments, wanted)
             except (BuildingBlocksError, RuntimeError) as error:
                 self.check_may_repeat(replica, error, begun)
-        return await self._perform(operation, statement, arguments)
+        try:
+            return await self._perform(operation, statement, arguments)
+        finally:
+            if _is_opaque(statement):
+                self.note_write()
 
     async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
         """Run one streamed read where it belongs; what fails before its first batch begins again on the primary."""
@@ -207,7 +219,7 @@ class ReplicaSet:
                 async for batch in batches:
                     yield batch
         finally:
-            if isinstance(statement, sa.TextClause):  # nobody knows what it does
+            if _is_opaque(statement):
                 self.note_write()
 
     def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:
@@ -291,7 +303,7 @@ class ReplicaSet:
     async def _caught_up(self, wanted: Position, since: float) -> "Replica | None":
         """Wait until a replica is as far, within ``consistency_wait``; None: none was."""
         now = time.monotonic()
-        give_up = now + min(self._wait, seconds_left())
+        give_up = now + min(self._wait, seconds_left() / 2)  # the primary needs some of it as well
         # One that was behind by more a moment ago need not be asked.
         near = [one for one in self._rotation if (one.lag or 0.0) - (now - since) <= self._wait]
         near.sort(key=lambda one: one.lag or 0.0)
@@ -347,7 +359,9 @@ class ReplicaSet:
         if not said.is_replica:
             self._leave(replica, "it is no replica (any more): it takes writes of its own")
         elif self._history and replica.lag is None:
-            self._leave(replica, "it has not replayed what the primary had when it was first looked at")
+            self._leave(
+                replica, "it has not replayed what the primary had when it was first looked at, or follows another one"
+            )
         elif (replica.lag or 0.0) > self._max_lag:
             self._leave(replica, f"it lags by {replica.lag:.1f} s")
         elif not replica.in_rotation:
@@ -666,4 +680,18 @@ def _may_change(part: Any) -> bool:
         getattr(part, "is_dml", False)
         or getattr(part, "_for_update_arg", None) is not None
         or isinstance(part, sa.TextualSelect)
+        or (
+            isinstance(part, sa.sql.functions.FunctionElement)
+            and _OF_ITS_SERVER.match(str(getattr(part, "name", ""))) is not None
+        )
+    )
+
+
+def _is_opaque(statement: Any) -> bool:
+    """Whether nobody can tell from a read's construct that it writes nothing: SQL as text, or a function of one's own."""
+    return getattr(statement, "reads", None) is None and any(
+        type(part) is sa.sql.functions.Function
+        or isinstance(part, sa.TextClause)
+        or getattr(part, "is_literal", False) is True
+        for part in visitors.iterate(statement)
     )

@@ -277,11 +277,14 @@ class SQLAlchemySession(DatabaseSession):
                         raise self._cannot_connect(error, attempt) from driver_error(error)
                     self._log_attempt(error, f"{attempt} of {self._connect_attempts}", delay)
                     await asyncio.sleep(delay)
+            if self._replicas is not None:
+                await self._replicas.start()
         except BaseException:
+            self._is_connected = False
+            if self._replicas is not None:
+                await self._replicas.stop()
             await self._pool.drain()
             raise
-        if self._replicas is not None:
-            await self._replicas.start()
         self._pool.reopen()
 
     async def start(self, prepare: Callable[[], Awaitable[object]] | None = None) -> None:

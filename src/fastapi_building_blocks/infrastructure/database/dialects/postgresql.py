@@ -97,6 +97,14 @@ class _Replayed:
     reads = True
 
 
+class _Cluster:
+    """The question which cluster a server belongs to: a primary and its replicas answer the same number."""
+
+    sql = "SELECT system_identifier FROM pg_control_system()"
+    name = "cluster"
+    reads = True
+
+
 class PostgreSQLDialect(PortableDialect):
     """PostgreSQL through any driver's adapted cursor."""
 
@@ -168,11 +176,24 @@ class PostgreSQLDialect(PortableDialect):
 
     async def written(self, connection: PooledConnection, statement: Any, arguments: Any) -> Position | None:
         [[place]] = await self.fetch(connection, _Written, ())
-        return _position(place)
+        return _position(await self._cluster(connection), place)
 
     async def replayed(self, connection: PooledConnection, statement: Any, arguments: Any) -> Replayed:
         [[is_replica, place]] = await self.fetch(connection, _Replayed, ())
-        return Replayed(bool(is_replica), _position(place))
+        return Replayed(bool(is_replica), _position(await self._cluster(connection), place))
+
+    async def _cluster(self, connection: PooledConnection) -> int:
+        """Return the number of the cluster, asked once on each connection; 0 where that may not be asked."""
+        known: int | None = connection.info.get("cluster")
+        if known is None:
+            known = 0
+            try:
+                [[known]] = await self.fetch(connection, _Cluster, ())
+            except Exception as error:
+                if self.error_code(getattr(error, "orig", None) or error) is None:
+                    raise
+            connection.info["cluster"] = known
+        return known
 
     def error_code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlstate", None)
@@ -221,7 +242,7 @@ class PostgreSQLDialect(PortableDialect):
         return sa.text("SELECT reltuples::bigint FROM pg_class WHERE oid = to_regclass(:name)").bindparams(name=quoted)
 
 
-def _position(place: str | None) -> Position | None:
+def _position(cluster: int, place: str | None) -> Position | None:
     """Return a place in the log (LSN) as a position. A timeline is none of its own: the log goes on where it forked."""
     if place is None:
         return None
@@ -232,7 +253,7 @@ def _position(place: str | None) -> Position | None:
         number -= _SEGMENT_HEADER
     elif number % _PAGE == _PAGE_HEADER:
         number -= _PAGE_HEADER
-    return {0: number}
+    return {cluster: number}
 
 
 def _is_closed(error: BaseException) -> bool:
