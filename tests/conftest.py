@@ -133,7 +133,7 @@ def portable_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes ten seconds or more")
-    config.addinivalue_line("markers", "full: one more combination of what is tried anyway, under --full only")
+    config.addinivalue_line("markers", "full: under --full only: long, and for the most part tried by others")
     given = getattr(config, "workerinput", {}).get("backends", {})
     found = {name: Server(*entry) if len(entry) == 2 else Missing(*entry) for name, entry in given.items()}
     config.stash[BACKENDS] = Backends(required_backends(), found)

@@ -52,12 +52,11 @@ async def test_mssql_url_is_the_database_that_was_created(mssql_url: str):
     assert await answer(mssql_url, "SELECT DB_NAME()") == make_url(mssql_url).database
 
 
-def test_redis_url_is_an_empty_database_of_its_own(redis_url: str, backends: Backends):
-    with redis.Redis.from_url(redis_url) as client:
-        assert client.dbsize() == 0
-        client.set("key", "value")
-    with backends.database("redis") as another:
-        assert another != redis_url
+def test_a_redis_database_is_empty_and_nobody_elses(backends: Backends):
+    with backends.database("redis") as one, backends.database("redis") as another:
+        assert another != one
+        with redis.Redis.from_url(one) as client:
+            client.set("key", "value")
         with redis.Redis.from_url(another) as client:
             assert client.dbsize() == 0
 

@@ -118,6 +118,7 @@ async def test_each_round_times_everybody_once(benchmarks: SimpleNamespace, monk
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_reads_from_replicas_and_caches_are_measured(benchmarks: SimpleNamespace):
     lines: list[str] = []
     result = benchmarks.scaling.run_scaling(rounds=1, seconds=0.001, log=lines.append)

@@ -482,11 +482,15 @@ async def test_connections_are_sound_after_a_storm(server: DatabaseServer, anyio
             async with session.transaction() as transaction:
                 await transaction.execute(sleep)
 
-        report = await storm(call, times=100, longest_delay=0.08, concurrency=6, anyio=anyio)
-        assert report.finished > 5
+        delay = 0.08
+        while True:
+            report = await storm(call, times=100, longest_delay=delay, concurrency=6, anyio=anyio)
+            assert not report.hung
+            await assert_connections_sound(session, within=5)
+            if report.finished > 5:
+                break
+            delay *= 2  # a busy machine takes longer to open the connections that a cancelled call costs
         assert report.cancelled > 5
-        assert not report.hung
-        await assert_connections_sound(session, within=5)
 
 
 # The invariants
