@@ -55,7 +55,8 @@ check: .venv/.ready-to-develop ## Lint, formatting, types (mypy strict), the arc
 coverage: .venv/.ready-to-develop ## Branch coverage of src by the quick tests (95 % is required if REQUIRE_BACKENDS is set)
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope -m "not slow" -r fE --no-header --quiet \
 		--cov --cov-report term:skip-covered --cov-fail-under $(if $(REQUIRE_BACKENDS),95,0) \
-		tests/api tests/infrastructure tests/testing tests/faults/test_pgbouncer.py
+		tests/api tests/infrastructure tests/testing tests/faults/test_pgbouncer.py \
+		tests/faults/test_replicas.py tests/faults/test_cache.py
 
 bench: .venv/.ready-to-bench ## Compare with drivers, Core and peers (DB=sqlite OPS=get,page ROUNDS=3: a part; WRITE=1: into docs/)
 	@$(BIN)/python -m benchmarks $(if $(DB),--db $(DB)) $(if $(OPS),--ops $(OPS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
