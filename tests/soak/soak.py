@@ -157,10 +157,19 @@ async def _run(stands: list[Stand], seconds: float, stopping: asyncio.Event, tal
                     shown = loop.time()
                     _show(stands, loop.time() - begun, tally)
         await asyncio.gather(*[_audit(stand, tally) for stand in stands])
-        if (allocated := allocated_bytes()) is not None:
+        if (allocated := await _at_rest()) is not None:
             samples.allocated.append((loop.time() - begun, allocated))
         samples.resident.append((loop.time() - begun, resident_bytes()))
         samples.files.append(open_files())
+
+
+async def _at_rest() -> int | None:
+    """Return the memory in use once what an audit has left behind is done: broken connections take a while to close."""
+    seen = []
+    for _ in range(5):
+        seen.append(allocated_bytes())
+        await asyncio.sleep(0.3)
+    return min((size for size in seen if size is not None), default=None)
 
 
 async def _use(stand: Stand, ends: float, stopping: asyncio.Event) -> None:

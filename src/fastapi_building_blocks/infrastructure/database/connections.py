@@ -543,12 +543,15 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     async def _close(self, connection: PooledConnection) -> None:
         record = connection.record
+        is_dead = self.is_dead(connection.driver)
         # SQLAlchemy logs each invalidation, so a healthy connection takes its leave in the ordinary way.
-        healthy = connection.valid and not self.is_dead(connection.driver)
+        take_leave = record.close if connection.valid and not is_dead else record.invalidate
         connection.valid = False
         try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT):
-                await greenlet_spawn(record.close if healthy else record.invalidate)
+            # To one that is dead there is nothing to say. SQLAlchemy would, in a task whose error nobody sees.
+            if not is_dead:
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    await greenlet_spawn(take_leave)
         except Exception:
             logger.debug("a connection did not close cleanly", exc_info=True)
         finally:
