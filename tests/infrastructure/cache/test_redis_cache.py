@@ -310,3 +310,22 @@ async def test_c4_an_answer_that_came_while_the_event_loop_was_busy_counts(redis
             time.sleep(0.2)  # noqa: ASYNC251 - a service that blocks its event loop
             assert await call == [None]
         assert cache.statistics().errors == 0
+
+
+async def test_the_end_waits_for_a_client_that_is_given_up(redis_url: str, monkeypatch: pytest.MonkeyPatch):
+    cache = RedisCache(redis_url)
+    await cache.connect()
+    client: Any = cache._client
+    aclose, closed = client.aclose, []
+
+    async def slowly() -> None:
+        await asyncio.sleep(0.05)
+        await aclose()
+        closed.append(client)
+
+    monkeypatch.setattr(client, "aclose", slowly)
+    giving_up = asyncio.create_task(cache._drop_client())
+    await asyncio.sleep(0)
+    giving_up.cancel()  # as the end cancels the watcher
+    await cache.disconnect()
+    assert closed == [client]

@@ -89,6 +89,7 @@ class RedisCache(Cache):
         self._is_sending = False
         self._watcher: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         self._identity: str | None = None
         self._is_closed = False
         self._is_lost = asyncio.Event()
@@ -448,8 +449,16 @@ class RedisCache(Cache):
     async def _drop_client(self) -> None:
         client, self._client = self._client, None
         if client is not None:
-            with suppress(Exception):
-                await self._within(client.aclose(), 1.0)
+            # In a task of its own: whoever is cancelled here, as the watcher is in the end, leaves no connection open.
+            closing = asyncio.ensure_future(self._close(client))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        if self._closing:
+            await asyncio.wait(tuple(self._closing))
+
+    async def _close(self, client: Any) -> None:
+        with suppress(Exception):
+            await self._within(client.aclose(), 1.0)
 
 
 class _Turn:
