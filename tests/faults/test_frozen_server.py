@@ -363,7 +363,7 @@ async def test_p1_a_caller_who_gives_up_is_let_go(database: Database, how: str) 
         assert not [
             f"{name}: {ending}"
             for name, ending in zip(BEGUN_FROZEN, endings, strict=True)
-            if ending.seconds > 0.2 + GRACE
+            if ending.seconds > 0.2 + 2 * GRACE
         ]
         await Accounts(session).get(3)
         await assert_connections_sound(session, within=5)
