@@ -183,9 +183,6 @@ async def test_t7_clients_that_go_leave_nothing_behind(
         losses_seen = await losses(session, visits.acknowledged, visits.acknowledged_batches)
         leaked = session.pool_status().checked_out
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    errors = [
-        error for error in errors if error != "Error closing cursor"
-    ]  # SQLAlchemy's, of a connection that is gone
     gone = visits.left.total() - visits.left["after it"]
     points = ", ".join(f"{count} {point}" for point, count in sorted(visits.left.items()) if point != "after it")
     shown(

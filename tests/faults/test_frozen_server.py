@@ -358,12 +358,13 @@ async def test_p1_a_caller_who_gives_up_is_let_go(database: Database, how: str) 
                 async with asyncio.timeout(0.2):
                     await task
 
-        with frozen(database.server):
-            endings = await asyncio.gather(*[ending_of(given_up(call)) for call in BEGUN_FROZEN.values()])
+        async with loop_lag() as lag:
+            with frozen(database.server):
+                endings = await asyncio.gather(*[ending_of(given_up(call)) for call in BEGUN_FROZEN.values()])
         assert not [
             f"{name}: {ending}"
             for name, ending in zip(BEGUN_FROZEN, endings, strict=True)
-            if ending.seconds > 0.2 + 2 * GRACE
+            if ending.seconds - lag.starved > 0.2 + GRACE
         ]
         await Accounts(session).get(3)
         await assert_connections_sound(session, within=5)

@@ -356,19 +356,21 @@ async def test_p7_cancelled_statements_end_and_disturb_nobody_else(
             share = times // len(disturbed)
             return storm(call, share, longest_delay=0.1, concurrency=2, anyio=seed % 2 == 1, seed=seed)
 
+        cancelled = 0
         async with asyncio.TaskGroup() as group:
             group.create_task(reads())
-            reports = await asyncio.gather(*[storms(session, seed) for seed, session in enumerate(disturbed)])
+            for _ in range(5):  # on a busy machine most calls of a storm end before they are cancelled
+                reports = await asyncio.gather(*[storms(session, seed) for seed, session in enumerate(disturbed)])
+                assert not any(report.failed or report.hung for report in reports)
+                cancelled += sum(report.cancelled for report in reports)
+                if cancelled > times // 4:
+                    break
             stopped.set()
-        for report in reports:
-            assert not report.failed
-            assert not report.hung
         for session in sessions:
             await assert_connections_sound(session, server_url=postgresql.url)
         await assert_whole(calm)
         assert await state_of_servers(bouncer) == await state_of_a_new_connection(postgresql)
-    cancelled = sum(report.cancelled for report in reports)
-    assert cancelled > times // 10  # the rest has ended first, on a busy machine most of it
+    assert cancelled > times // 4
     shown("P7", "PgBouncer, calls cancelled", cancelled=cancelled, others_undisturbed=undisturbed, errors=0)
 
 
