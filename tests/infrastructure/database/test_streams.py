@@ -133,3 +133,23 @@ async def test_p1_whoever_leaves_a_stream_early_does_not_wait_for_a_silent_serve
         proxy.heal()
         task.exception()
         await until(lambda: session.pool_status().checked_out == 0)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite", "postgres", "mysql", "asyncmy"], indirect=True)
+async def test_t7_a_stream_that_is_cancelled_in_the_middle_of_an_answer_logs_no_error(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(database_url, pool_size=2, max_overflow=0) as session:
+        await Accounts(session).add_many(Account(number, f"number {number}", 0, "owner") for number in range(5_000))
+        cancelled = 0
+        for attempt in range(60):
+            task = asyncio.create_task(read_all(session.stream(sa.select(accounts))))
+            await asyncio.wait({task}, timeout=attempt % 20 * 0.0005)
+            cancelled += task.cancel()
+            await asyncio.wait({task})
+        assert cancelled > 5
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def read_all(stream: AsyncIterator[Any]) -> int:
+    return len([row async for row in stream])

@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from fastapi_building_blocks.domain.errors import (
@@ -453,5 +453,19 @@ class AiomysqlDialect(MySQLDialect):
 class AsyncmyDialect(AiomysqlDialect):
     """MySQL and MariaDB on asyncmy's connection, which has aiomysql's methods and its own cursors."""
 
+    def prepare(self, engine: AsyncEngine) -> None:
+        super().prepare(engine)
+        sa.event.listen(engine.sync_engine, "handle_error", _let_go_of_interrupted_cursor)
+
     def _streaming_cursor(self, connection: PooledConnection) -> Any:
         return connection.dbapi.asyncmy.cursors.SSCursor
+
+
+def _let_go_of_interrupted_cursor(context: ExceptionContext) -> None:
+    """Have a cursor whose read was cancelled closed without a word; its connection is given up as well.
+
+    asyncmy would read on in the middle of an answer, and SQLAlchemy log as an error what comes of that.
+    """
+    execution: Any = context.execution_context
+    if execution is not None and not isinstance(context.original_exception, Exception):
+        execution.cursor._cursor.connection = None
