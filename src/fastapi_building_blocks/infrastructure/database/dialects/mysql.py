@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -86,6 +86,8 @@ _REFUSALS = {
     "1040": "the server has too many connections",
     "2003": "the server cannot be reached",
 }
+_CONNECTION_OF_A_CURSOR = {"aiomysql": "_connection", "asyncmy": "connection"}
+"""The attribute of each driver's cursors that holds their connection."""
 _KILL_POLL = 0.005
 """Seconds until a connection is killed again: that it is not there any more says that it is gone."""
 _NO_CODE = 0
@@ -155,6 +157,9 @@ class MySQLDialect(PortableDialect):
         modes = "REPLACE(@@sql_mode, 'NO_BACKSLASH_ESCAPES', ''), ',STRICT_TRANS_TABLES,NO_AUTO_VALUE_ON_ZERO'"
         strict = f"SET SESSION sql_mode = CONCAT({modes})"
         limit = self.timeouts.statement
+
+        if (name := _CONNECTION_OF_A_CURSOR.get(engine.dialect.driver)) is not None:
+            sa.event.listen(engine.sync_engine, "handle_error", partial(_let_go_of_cursor, name))
 
         @sa.event.listens_for(engine.sync_engine, "connect")
         def set_up(dbapi_connection: Any, record: Any) -> None:
@@ -453,19 +458,15 @@ class AiomysqlDialect(MySQLDialect):
 class AsyncmyDialect(AiomysqlDialect):
     """MySQL and MariaDB on asyncmy's connection, which has aiomysql's methods and its own cursors."""
 
-    def prepare(self, engine: AsyncEngine) -> None:
-        super().prepare(engine)
-        sa.event.listen(engine.sync_engine, "handle_error", _let_go_of_interrupted_cursor)
-
     def _streaming_cursor(self, connection: PooledConnection) -> Any:
         return connection.dbapi.asyncmy.cursors.SSCursor
 
 
-def _let_go_of_interrupted_cursor(context: ExceptionContext) -> None:
+def _let_go_of_cursor(connection: str, context: ExceptionContext) -> None:
     """Have a cursor whose read was cancelled closed without a word; its connection is given up as well.
 
-    asyncmy would read on in the middle of an answer, and SQLAlchemy log as an error what comes of that.
+    The drivers would read on in the middle of an answer, and SQLAlchemy log as an error what comes of that.
     """
     execution: Any = context.execution_context
     if execution is not None and not isinstance(context.original_exception, Exception):
-        execution.cursor._cursor.connection = None
+        setattr(execution.cursor._cursor, connection, None)
