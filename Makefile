@@ -52,10 +52,11 @@ check: .venv/.ready-to-develop ## Lint, formatting, types (mypy strict), the arc
 	@$(MAKE) --no-print-directory coverage
 
 # Measuring makes tests twice as slow, and the quick ones reach nearly every branch, where all databases are here.
+MEASURE = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope -m "not slow" -r fE --no-header --quiet
 coverage: .venv/.ready-to-develop ## Branch coverage of src by the quick tests (95 % is required if REQUIRE_BACKENDS is set)
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope -m "not slow" -r fE --no-header --quiet \
-		--cov --cov-report term:skip-covered --cov-fail-under $(if $(REQUIRE_BACKENDS),95,0) \
-		tests/api tests/infrastructure tests/testing tests/faults/test_pgbouncer.py \
+	@$(MEASURE) --cov src/fastapi_building_blocks/api --cov-config tests/api/.coveragerc --cov-report= tests/api
+	@$(MEASURE) --cov --cov-append --cov-report term:skip-covered --cov-fail-under $(if $(REQUIRE_BACKENDS),95,0) \
+		tests/infrastructure tests/testing tests/faults/test_pgbouncer.py \
 		tests/faults/test_replicas.py tests/faults/test_cache.py
 
 bench: .venv/.ready-to-bench ## Compare with drivers, Core and peers (DB=sqlite OPS=get,page ROUNDS=3: a part; WRITE=1: into docs/)
