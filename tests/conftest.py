@@ -113,6 +113,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--portable"):
+        for item in items:
+            if mark := item.get_closest_marker("fast_path"):
+                item.add_marker(pytest.mark.skip(reason=f"of the fast path alone: {mark.args[0]}"))
     if not config.getoption("--full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
@@ -133,6 +137,7 @@ def portable_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes ten seconds or more")
+    config.addinivalue_line("markers", "fast_path(what): skipped under --portable, which promises no such thing")
     config.addinivalue_line("markers", "full: under --full only: long, and for the most part tried by others")
     given = getattr(config, "workerinput", {}).get("backends", {})
     found = {name: Server(*entry) if len(entry) == 2 else Missing(*entry) for name, entry in given.items()}

@@ -51,7 +51,8 @@ def _postgres(url: str, sql: str, *parameters: Any) -> list[Any]:
         dsn = make_url(url).set(drivername="postgresql", database="postgres").render_as_string(hide_password=False)
         connection = await asyncpg.connect(dsn)
         try:
-            return await connection.fetch(sql, *parameters)
+            # As tuples: asyncpg keeps a freed row for reuse by the thread that frees it, which would have to be this one.
+            return [tuple(row) for row in await connection.fetch(sql, *parameters)]
         finally:
             await connection.close()
 

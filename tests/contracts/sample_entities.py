@@ -312,6 +312,7 @@ class SettingContract(SampleContract):
         with pytest.raises(DuplicateKeyError) as caught:
             await repository.add(Setting(1, "b", "same", 1))
         assert set(caught.value.fields) == {"tenant", "label"}
+        assert caught.value.detail == f"{' and '.join(caught.value.fields)} is already taken"
         written = await repository.upsert(Setting(1, "b", "same", 2), on=["label", "tenant"])
         assert (written.name, written.weight) == ("a", 2)
 

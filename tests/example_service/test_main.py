@@ -19,8 +19,9 @@ from starlette.testclient import TestClient
 from example_service.app.core.config import get_database_settings, get_settings
 from example_service.app.infrastructure.tables import metadata
 from example_service.app.main import create_app
-from example_service.demo import free_port, running_service, wait_until_ready
+from example_service.demo import running_service, wait_until_ready
 from fastapi_building_blocks.infrastructure import SQLAlchemySession
+from fastapi_building_blocks.testing.fault_proxy import free_port
 from tests.backends import Backends
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,10 @@ from schemathesis.schemas import BaseSchema
 
 from example_service.app.application import verify_credentials
 from example_service.app.main import MIGRATIONS, create_app
-from example_service.demo import free_port, running_service
+from example_service.demo import running_service
 from fastapi_building_blocks.infrastructure import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.migrations import upgrade
+from fastapi_building_blocks.testing.fault_proxy import free_port
 from tests.backends import run_apart
 
 ROOT = Path(__file__).parents[2]

@@ -77,6 +77,11 @@ class Lag:
     longest: float = 0.0
     starved: float = 0.0
 
+    @property
+    def held_up(self) -> float:
+        """What a call may be late for no fault of its own. Whether the loop often is late is asked apart."""
+        return self.starved + self.longest
+
 
 @asynccontextmanager
 async def loop_lag() -> AsyncIterator[Lag]:

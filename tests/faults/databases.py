@@ -3,6 +3,9 @@
 import pytest
 from sqlalchemy import make_url
 
+from fastapi_building_blocks.infrastructure import SQLAlchemySession
+from fastapi_building_blocks.infrastructure.database.dialects.postgresql import PostgreSQLDialect
+from fastapi_building_blocks.testing import FaultProxy
 from tests.backends import SERVERS
 
 on_every_driver = pytest.mark.parametrize(
@@ -35,3 +38,16 @@ def address_of(url: str) -> tuple[str, int]:
 def commit_of(url: str) -> bytes:
     """Return the bytes by which a proxy knows COMMIT; a new connection to MySQL says AUTOCOMMIT."""
     return b"COMMIT\0" if make_url(url).get_backend_name() == "postgresql" else b"\x03COMMIT"
+
+
+def proxied(proxy: FaultProxy, url: str) -> str:
+    """Return the URL through a proxy that is to know COMMIT, which the portable path would send by name the next time."""
+    place = make_url(proxy.url(url))
+    if place.get_backend_name() == "postgresql":
+        place = place.update_query_dict({"prepared_statement_cache_size": "0"})
+    return place.render_as_string(hide_password=False)
+
+
+def commits_at_once(session: SQLAlchemySession) -> bool:
+    """Whether the message with COMMIT commits; the portable path has PostgreSQL prepare it first."""
+    return type(session.dialect) is not PostgreSQLDialect

@@ -1,20 +1,27 @@
-"""P2: the server is killed (SIGKILL) and starts again under load, and nothing that it acknowledged is lost."""
+"""P2: the server is killed (SIGKILL) and starts again under load, and nothing that it acknowledged is lost.
+
+It has failed on MariaDB 10.11.19: the server did not start again ("Data structure corruption"), or half a transaction was kept.
+The first is the server's own; of the second it is not proven, though plain PyMySQL has once seen a wrong total as well. So it is
+a server of the test's own, whose log does not reach back through what others did to it.
+"""
 
 import asyncio
 import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 
 from fastapi_building_blocks.domain import CommitOutcomeUnknownError
 from fastapi_building_blocks.infrastructure import SQLAlchemySession
-from fastapi_building_blocks.testing import assert_connections_sound
+from fastapi_building_blocks.testing import DatabaseServer, MariaDBServer, assert_connections_sound
 from tests.faults.breaking import HONEST, Database
+from tests.faults.conftest import running
 from tests.guarantees.ledger import Accounts, account, opened
 from tests.server_view import until
 
@@ -23,6 +30,11 @@ TRANSFERRED = range(10)
 TOTAL = 1000
 SERVED = 2.0
 """Seconds after the server takes connections."""
+
+
+@pytest.fixture
+def mariadb() -> Iterator[DatabaseServer]:
+    yield from running(MariaDBServer({"max-connections": 300}), "mysql")
 
 
 @dataclass

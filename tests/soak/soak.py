@@ -5,6 +5,7 @@ import logging
 import random
 import secrets
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -13,6 +14,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import sqlalchemy as sa
 
 from fastapi_building_blocks.infrastructure import SQLAlchemySession
 from fastapi_building_blocks.testing import (
@@ -96,6 +99,7 @@ async def soak(names: Sequence[str], seconds: float, workers: int, seed: int | N
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     tally, samples = Tally(), Samples()
+    _fill_table_of_names()
     print(f"soak of {', '.join(names)} for {seconds / 60:g} min, {workers} workers each, seed {seed}", flush=True)
     begun = time.monotonic()
     async with AsyncExitStack() as stack:
@@ -135,9 +139,24 @@ async def _stand(name: str, workers: int, tally: Tally, chance: random.Random) -
             chaos = Chaos(server, proxy, direct, random.Random(chance.random()))
         session = await stack.enter_async_context(SQLAlchemySession(url, **KNOBS))
         await prepare(session)
+        if name == "postgresql":
+            await _fill_free_lists(session)
         truth = Truth()
         made = [Worker(session, truth, tally, random.Random(chance.random())) for _ in range(workers)]
         yield Stand(name, session, truth, made, chaos, direct)
+
+
+def _fill_table_of_names() -> None:
+    """Have CPython's table of interned strings grow now, by 2 MiB at once, as it does when enough have come and gone."""
+    for number in range(300_000):
+        sys.intern(f"soak {number}")
+
+
+async def _fill_free_lists(session: SQLAlchemySession) -> None:
+    """Have asyncpg make as many rows as it keeps for reuse, 2,000 of each width: filled slowly, that is like a leak."""
+    for width in range(1, 10):
+        more = "".join(", 1" for _ in range(1, width))
+        await session.execute(sa.text(f"SELECT number{more} FROM generate_series(1, 2500) AS number"))
 
 
 async def _run(stands: list[Stand], seconds: float, stopping: asyncio.Event, tally: Tally, samples: Samples) -> None:

@@ -340,10 +340,12 @@ class MariaDBServer(DatabaseServer):
 
     def _prepare(self, directory: Path) -> None:
         shutil.copytree(_mariadb_template().directory / "data", directory / "data")
+        (directory / "tmp").mkdir()
 
     def _command(self, directory: Path) -> list[str]:
         settings = {
             "datadir": directory / "data",
+            "tmpdir": directory / "tmp",  # a server that starts removes others' temporary tables from a shared one
             "bind-address": self.host,
             "port": self.port,
             "socket": directory / "socket",
@@ -554,7 +556,9 @@ def _mariadb_template() -> _Place:
     _mariadb_server()
     installer = _program("mariadb-install-db", MariaDBServer.installs)
     place = _Place()
-    install = [installer, "--no-defaults", f"--datadir={place.directory / 'data'}", *_mariadb_user()]
+    data, tmp = place.directory / "data", place.directory / "tmp"
+    tmp.mkdir()
+    install = [installer, "--no-defaults", f"--datadir={data}", f"--tmpdir={tmp}", *_mariadb_user()]
     _run([*install, "--auth-root-authentication-method=normal", f"--innodb-log-file-size={_MARIADB_LOG_SIZE}"], None)
     return place
 

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -298,6 +299,31 @@ async def test_c4_a_process_that_stood_still_believes_nothing_at_first(cache: Re
         await cache.get_many([key])
     await until(lambda: cache.statistics().state == "closed")
     assert await cache.get_many([key]) == [None]
+
+
+async def test_c4_a_probe_whose_cancellation_was_swallowed_does_not_end_the_search(
+    cache: RedisCache, monkeypatch: pytest.MonkeyPatch
+):
+    """redis-py may make another error, or an answer, of a probe that is late."""
+    ask, probes = cache._ask_identity, 0
+
+    async def probe() -> str:
+        nonlocal probes
+        probes += 1
+        if probes == 1:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(10)
+            raise ConnectionError
+        if probes == 2:
+            await asyncio.sleep(10)
+        return await ask()
+
+    monkeypatch.setattr(redis_cache, "_PATIENCE", 0.05)
+    cache._timeout = 0.05
+    monkeypatch.setattr(cache, "_ask_identity", probe)
+    cache._lose("a test")
+    await until(lambda: cache.statistics().state == "closed", 5)
+    assert probes > 2
 
 
 async def test_c4_an_answer_that_came_while_the_event_loop_was_busy_counts(redis_url: str, key: str):

@@ -1,15 +1,17 @@
 """What the pool promises: a cap, fairness, and that no connection is lost, shared or returned unsound."""
 
 import asyncio
+import gc
 import logging
 import random
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import make_url
 
 from fastapi_building_blocks.domain import (
     BuildingBlocksError,
@@ -20,8 +22,9 @@ from fastapi_building_blocks.domain import (
 )
 from fastapi_building_blocks.infrastructure import PoolStatus, SQLAlchemySession, deadline
 from fastapi_building_blocks.infrastructure.database import connections as pool_module
+from fastapi_building_blocks.testing import FaultProxy
 from tests.backends import Backends
-from tests.guarantees.ledger import Accounts, account, metadata, opened
+from tests.guarantees.ledger import Accounts, account, accounts, metadata, opened
 from tests.server_view import connections, kill_connections, open_transactions, until
 
 on_servers = pytest.mark.parametrize("database_url", ["postgres", "mysql", "asyncmy"], indirect=True)
@@ -297,6 +300,28 @@ async def test_what_does_not_finish_within_the_shutdown_timeout_is_ended(
         assert await Accounts(session).count() == 0
 
 
+@pytest.mark.parametrize("portable", [False, True])
+async def test_a_unit_that_was_cut_off_says_so_when_it_ends_and_gives_its_place_back(
+    database_url: str, portable: bool
+) -> None:
+    session = SQLAlchemySession(database_url, shutdown_timeout=0.1, portable=portable)
+    await session.connect()
+    await session.create_tables(metadata)
+    with pytest.raises(ConnectionLostError, match="disconnected before the unit of work ended; nothing was kept"):
+        async with session.transaction() as unit:
+            await Accounts(unit).add(account(1))
+            await session.disconnect()
+    with pytest.raises(RuntimeError, match="nothing was kept"):
+        async with session, session.transaction() as unit:
+            await Accounts(unit).add(account(1))
+            await session.disconnect()
+            with pytest.raises(ConnectionLostError):
+                await anext(Accounts(unit).stream())
+    await until(lambda: session.pool_status().checked_out == 0)
+    async with session:
+        assert await Accounts(session).count() == 0
+
+
 @on_servers
 async def test_a_statement_that_runs_when_the_shutdown_timeout_is_over_fails(database_url: str) -> None:
     session = SQLAlchemySession(database_url, shutdown_timeout=0.2)
@@ -309,6 +334,175 @@ async def test_a_statement_that_runs_when_the_shutdown_timeout_is_over_fails(dat
     async with asyncio.timeout(1):
         with pytest.raises((BuildingBlocksError, RuntimeError)):
             await running
+
+
+@on_servers
+async def test_whoever_waits_for_a_first_answer_while_the_session_is_disconnected_is_not_taken_for_cancelled(
+    database_url: str,
+) -> None:
+    place = make_url(database_url)
+    async with FaultProxy(place.host or "", place.port or 0) as proxy:
+        session = SQLAlchemySession(proxy.url(database_url), shutdown_timeout=0.1, connect_timeout=10.0)
+        await session.connect()
+        async with session.transaction() as unit:
+            await unit.execute(sa.text("SELECT 1"))
+            proxy.blackhole()
+            opening = asyncio.create_task(session.ping())
+            await until(lambda: session.pool_status().checked_out == 2)
+            await session.disconnect()
+            with pytest.raises(RuntimeError, match="the session was disconnected"):
+                await opening
+            await unit.rollback()
+        assert session.pool_status().checked_out == 0
+
+
+@pytest.mark.parametrize("within", [None, 0.3], ids=["statement timeout", "deadline"])
+@on_servers
+async def test_p1_calls_of_the_engine_end_though_the_server_is_silent(database_url: str, within: float | None) -> None:
+    place = make_url(database_url)
+    one = sa.text("SELECT 1")
+    knobs = {"statement_timeout": 0.6, "connect_timeout": 1.0, "shutdown_timeout": 0.1}
+    async with FaultProxy(place.host or "", place.port or 0) as proxy:
+
+        async def in_time(call: Any, kind: type[Exception]) -> None:
+            started = time.monotonic()
+            proxy.blackhole()
+            with pytest.raises(kind), deadline(within or 30.0):
+                await call
+            assert time.monotonic() - started < (within or 0.8) + 0.5
+
+        async with opened(proxy.url(database_url), **knobs) as session, AsyncExitStack() as held:
+            begun, running = [await held.enter_async_context(session.engine.connect()) for _ in range(2)]
+            await begun.execute(one)
+            await running.execute(one)
+            await session.ping()
+            await in_time(session.create_tables(metadata), StatementTimeoutError)
+            await in_time(running.execute(one), StatementTimeoutError)
+            await in_time(begun.commit(), CommitOutcomeUnknownError)
+            await held.aclose()
+            proxy.heal()
+            await until(lambda: session.pool_status().checked_out == 0)
+
+
+@pytest.fixture
+def no_error_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """SQLAlchemy logs an error for each connection that it has to leave to the garbage collector."""
+    yield
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("end", ["statement timeout", "deadline", "cancel"])
+@pytest.mark.parametrize("of_engine", [False, True])
+@pytest.mark.usefixtures("no_error_logged")
+@on_servers
+async def test_p1_setting_an_isolation_level_ends_though_the_server_is_silent(
+    database_url: str, of_engine: bool, end: str
+) -> None:
+    place = make_url(database_url)
+    knobs = {"pool_size": 1, "max_overflow": 0, "statement_timeout": 0.6, "shutdown_timeout": 0.1}
+    level = {"isolation_level": "SERIALIZABLE"}
+    async with (
+        FaultProxy(place.host or "", place.port or 0) as proxy,
+        opened(proxy.url(database_url), **knobs) as session,
+    ):
+
+        async def work() -> None:
+            engine = session.engine.execution_options(**level) if of_engine else session.engine
+            if of_engine:
+                proxy.blackhole()
+            with deadline(0.3 if end == "deadline" else 30.0):
+                async with engine.connect() as connection:
+                    proxy.blackhole()
+                    await connection.execution_options(**level)
+                    await connection.execute(sa.text("SELECT 1"))
+
+        task = asyncio.create_task(work())
+        if end == "cancel":
+            await asyncio.sleep(0.1)
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError if end == "cancel" else StatementTimeoutError):
+            await task
+        proxy.heal()
+        await until(lambda: session.pool_status().checked_out == 0)
+        await session.ping()
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize("database_url", ["mysql", "asyncmy"], indirect=True)
+@pytest.mark.usefixtures("no_error_logged")
+async def test_p1_returning_a_users_connection_ends_though_the_server_is_silent(
+    database_url: str, cancels: bool
+) -> None:
+    place = make_url(database_url)
+    knobs = {"pool_size": 1, "max_overflow": 0, "statement_timeout": 0.6, "shutdown_timeout": 0.1}
+    async with (
+        FaultProxy(place.host or "", place.port or 0) as proxy,
+        opened(proxy.url(database_url), **knobs) as session,
+    ):
+        connection = await session.engine.connect()
+        proxy.blackhole()
+        task = asyncio.create_task(connection.close())
+        if cancels:
+            await asyncio.sleep(0.1)
+            task.cancel()
+        await asyncio.wait([task], timeout=2)
+        assert task.cancelled() == cancels
+        if not cancels:
+            await task  # the work on it is done: that it was not reset is nobody's failure
+        proxy.heal()
+        await until(lambda: session.pool_status().checked_out == 0)
+        await session.ping()
+
+
+@pytest.mark.usefixtures("no_error_logged")
+async def test_an_isolation_level_that_is_refused_costs_no_place_and_no_transaction(database_url: str) -> None:
+    one = sa.text("SELECT 1")
+    async with opened(database_url, pool_size=1, max_overflow=0, pool_timeout=2.0) as session:
+        for _ in range(2):
+            with pytest.raises(sa.exc.ArgumentError, match="NONE"):
+                async with session.engine.execution_options(isolation_level="NONE").connect():
+                    pass
+        async with session.engine.connect() as connection:
+            with pytest.raises(sa.exc.ArgumentError, match="NONE"):
+                await connection.execution_options(isolation_level="NONE")
+            await connection.execute(sa.insert(accounts), {"id": 1, "number": "A1", "balance": 0})
+            with pytest.raises(sa.exc.InvalidRequestError, match="already"):
+                await connection.execution_options(isolation_level="SERIALIZABLE")
+            await connection.commit()
+            await connection.execution_options(isolation_level="SERIALIZABLE")
+            await connection.execute(one)
+        assert await Accounts(session).count() == 1
+        await until(lambda: session.pool_status().checked_out == 0)
+
+
+@on_servers
+async def test_disposing_of_the_engine_does_not_wait_for_a_silent_server(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = make_url(database_url)
+    async with FaultProxy(place.host or "", place.port or 0) as proxy, opened(proxy.url(database_url)) as session:
+        proxy.blackhole()
+        async with asyncio.timeout(3):
+            await session.engine.dispose()
+        assert session.pool_status().checked_out == 0
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@on_servers
+async def test_disposing_of_the_engine_costs_no_place_whoever_is_cancelled(database_url: str) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0, pool_timeout=3.0) as session:
+        for ticks in range(12):
+            await session.ping()
+            disposing = asyncio.create_task(session.engine.dispose())
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            disposing.cancel()
+            await asyncio.wait([disposing])
+            await until(lambda: session.pool_status().checked_out == 0)
+        await session.ping()
+        await session.engine.dispose()
+        assert session.pool_status() == PoolStatus(1, 0, 0, 0)
 
 
 async def test_the_engine_shares_the_pool_and_returns_connections_clean(database_url: str) -> None:
@@ -345,6 +539,30 @@ async def test_a_transaction_left_open_by_a_raw_statement_is_rolled_back_on_retu
         assert await Accounts(session).count() == 1
         if "sqlite" not in database_url:
             assert open_transactions(database_url) == 0
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@on_servers
+async def test_the_server_ends_what_a_cancelled_task_ran_on_the_engine(database_url: str, streams: bool) -> None:
+    """Otherwise it goes on with its locks, and its connection counts on the server and no more in the pool."""
+    slow = sa.text("SELECT pg_sleep(30)" if "postgres" in database_url else "SELECT SLEEP(30)")
+
+    async def on_the_engine() -> None:
+        async with session.engine.connect() as connection:
+            if streams:
+                await connection.stream(slow)
+            else:
+                await connection.execute(slow)
+
+    async with opened(database_url, pool_size=2, max_overflow=0) as session:
+        for _ in range(3):
+            task = asyncio.create_task(on_the_engine())
+            await until(lambda: session.pool_status().checked_out == 1)
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.wait([task])
+        await until(lambda: session.pool_status().checked_out == 0, 2.0)
+        await until(lambda: len(connections(database_url)) <= 2, 2.0)
 
 
 async def test_a_cancelled_core_statement_of_the_engine_gives_its_place_back(database_url: str) -> None:
@@ -394,6 +612,62 @@ async def test_memory_is_one_connection_taken_in_turn() -> None:
         assert await repository.count() == 50, "a cancelled call does not cost the database"
 
 
+@pytest.mark.parametrize("portable", [False, True])
+async def test_t8_a_core_statement_of_many_rows_sends_nothing_once_its_unit_has_ended(portable: bool) -> None:
+    """SQLAlchemy makes several statements of it, and in memory the next unit runs on the same connection."""
+    rows = [{"id": number, "number": f"A{number}", "balance": 0} for number in range(5000)]
+    async with opened("sqlite+aiosqlite:///:memory:", portable=portable) as session:
+        driver = session._pool._idle[0].driver
+        before = driver.total_changes
+        with pytest.raises(RuntimeError, match="nothing was kept"):
+            async with session.transaction() as unit:
+                late = asyncio.create_task(unit.execute(sa.insert(accounts).returning(accounts.c.id), rows))
+                async with asyncio.timeout(5):
+                    while driver.total_changes == before:
+                        await asyncio.sleep(0)
+        async with session.transaction() as unit:
+            await Accounts(unit).add(account(-1))
+            await asyncio.wait([late])
+        with pytest.raises(RuntimeError, match="has ended"):
+            await late
+        assert await Accounts(session).count() == 1
+
+
+@pytest.mark.parametrize("place", ["file", "memory"])
+async def test_a_cancelled_write_of_sqlite_leaves_no_lock_whoever_holds_its_cursor(sqlite_url: str, place: str) -> None:
+    """Cancelled between INSERT and the reading of its RETURNING, the statement is under way, outside of a transaction too."""
+    url = sqlite_url if place == "file" else "sqlite+aiosqlite:///:memory:"
+    insert = sa.insert(accounts).returning(accounts.c.id)
+    held: list[Any] = []
+
+    async def interrupted(call: Any) -> None:
+        try:
+            await call
+        except asyncio.CancelledError as cancelled:
+            held.append(cancelled)  # with its traceback, and so with the cursor
+            raise
+
+    async def on_the_engine(number: int) -> None:
+        async with session.engine.begin() as connection:
+            await connection.execute(insert, {"id": number, "number": f"A{number}", "balance": 0})
+
+    async with opened(url, pool_size=2, portable=True) as session:
+        for ticks in range(1, 12):
+            writes = [session.execute(insert, {"id": -1 - ticks, "number": f"-{ticks}", "balance": 0})]
+            writes += [on_the_engine(-100 - ticks)] if place == "file" else []
+            for call in [*writes, Accounts(session).add(account(-200 - ticks))]:
+                task = asyncio.create_task(interrupted(call))
+                for _ in range(ticks):
+                    await asyncio.sleep(0)
+                    time.sleep(0.002)  # noqa: ASYNC251 - so that SQLite's thread is always quicker
+                task.cancel()
+                await asyncio.wait([task])
+                with deadline(1.0):
+                    async with session.transaction() as unit:
+                        await Accounts(unit).add(account(len(held) + 1000 * (ticks + 1)))
+                        await Accounts(unit).delete_where(accounts.c.id > 0)
+
+
 async def test_closing_that_fails_is_logged_and_frees_the_place(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -401,20 +675,18 @@ async def test_closing_that_fails_is_logged_and_frees_the_place(
         connection = session._pool.take()
         assert connection is not None
         kind = type(connection.record)
-        real = kind.invalidate
-        failures = iter([OSError("broken pipe")])
+        real = kind.close
 
-        def invalidate(record: Any, *arguments: Any, **named: Any) -> None:
-            for failure in failures:
-                raise failure
-            real(record, *arguments, **named)
+        def close(record: Any) -> None:
+            real(record)
+            raise OSError("broken pipe")
 
-        monkeypatch.setattr(kind, "invalidate", invalidate)
+        monkeypatch.setattr(kind, "close", close)
         with caplog.at_level(logging.DEBUG, logger=pool_module.__name__):
-            connection.invalidate()  # it broke, so it is dropped rather than closed
             session._pool.discard(connection)
             await until(lambda: session.pool_status().checked_out == 0)
         assert "did not close cleanly" in caplog.text
+        monkeypatch.undo()
         await session.ping()
 
 
@@ -525,10 +797,164 @@ async def test_a_users_connection_that_dies_is_returned_even_if_it_cannot_be_res
     """SQLAlchemy sets the isolation level back by a statement, and takes the connection for returned if that fails."""
     async with opened(database_url, pool_size=2, max_overflow=0, pool_timeout=1.0) as session:
         for _ in range(3):
-            with suppress(Exception):  # whatever the driver has for it
-                async with session.engine.connect() as connection:
-                    await connection.execute(sa.text("SELECT 1"))
-                    await connection.rollback()
-                    await asyncio.to_thread(kill_connections, database_url)
+            async with session.engine.connect() as connection:
+                await connection.execute(sa.text("SELECT 1"))
+                await connection.rollback()
+                await asyncio.to_thread(kill_connections, database_url)
         await until(lambda: session.pool_status().checked_out == 0)
         assert await Accounts(session).count() == 0
+
+
+# The lifecycle, while connections are in use
+
+
+async def test_connecting_again_leaves_a_busy_session_alone(database_url: str) -> None:
+    async with opened(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2) as session:
+        async with session.transaction() as unit:
+            await Accounts(unit).add(account(1))
+            await session.connect()
+        assert await Accounts(session).count() == 1
+
+
+async def test_a_session_that_is_disconnected_while_it_connects_stays_so(database_url: str) -> None:
+    session = SQLAlchemySession(database_url)
+    connecting = asyncio.create_task(session.connect())
+    await asyncio.sleep(0)
+    await session.disconnect()
+    with pytest.raises(RuntimeError, match="the session was disconnected"):
+        await connecting
+    assert not session.is_connected
+    with pytest.raises(RuntimeError, match=r"await session\.connect\(\) first"):
+        await session.ping()
+
+
+async def test_who_waits_for_connect_has_what_it_comes_to(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, opens = SQLAlchemySession(database_url), 0
+    open_first = session._open_first
+
+    async def fail_once() -> None:
+        nonlocal opens
+        opens += 1
+        await asyncio.sleep(0.01)
+        if opens == 1:
+            raise ValueError("a wrong setting")
+        await open_first()
+
+    monkeypatch.setattr(session, "_open_first", fail_once)
+    first, *others = await asyncio.gather(*[session.connect() for _ in range(3)], return_exceptions=True)
+    assert isinstance(first, ConnectionLostError)
+    assert others == [None, None]
+    assert opens == 2
+    await session.ping()
+    await session.disconnect()
+
+
+async def test_connections_that_were_cut_off_leave_their_places(database_url: str) -> None:
+    session = SQLAlchemySession(database_url, pool_size=1, max_overflow=0, pool_timeout=0.5, shutdown_timeout=0.05)
+    go_on = asyncio.Event()
+
+    async def hold() -> None:
+        async with session.transaction() as unit:
+            await unit.execute(sa.text("SELECT 1"))
+            await go_on.wait()
+
+    for _ in range(2):
+        await session.connect()
+        holder = asyncio.create_task(hold())
+        await until(lambda: session.pool_status().checked_out == 1)
+        await session.disconnect()
+        assert session.pool_status().checked_out == 0
+        await session.connect()
+        go_on.set()
+        with pytest.raises(ConnectionLostError, match="nothing was kept"):
+            await holder
+        go_on.clear()
+        await session.ping()
+        assert session.pool_status() == PoolStatus(size=1, checked_out=0, idle=1, waiting=0)
+        await session.disconnect()
+
+
+NEVER_ENDING = sa.text("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n")
+
+
+async def test_a_session_that_connects_while_its_last_calls_end_keeps_its_own_time(sqlite_url: str) -> None:
+    session = SQLAlchemySession(sqlite_url, statement_timeout=0.8)
+    await session.connect()
+
+    async def hold() -> None:
+        async with session.transaction(read_only=True) as unit:
+            await unit.execute(sa.text("SELECT 1"))
+            await asyncio.sleep(0.3)
+
+    holder = asyncio.create_task(hold())
+    await until(lambda: session.pool_status().checked_out == 1)
+    leaving = asyncio.create_task(session.disconnect())
+    await asyncio.sleep(0)
+    await session.connect()
+    async with asyncio.timeout(5):
+        with pytest.raises(StatementTimeoutError):
+            await session.execute(NEVER_ENDING)
+    async with asyncio.timeout(2):
+        await asyncio.gather(holder, leaving)
+    assert session.pool_status() == PoolStatus(size=5, checked_out=0, idle=1, waiting=0)
+    await session.disconnect()
+
+
+@pytest.mark.parametrize("by", ["unit", "engine"])
+async def test_disconnecting_ends_what_a_file_is_busy_with(sqlite_url: str, by: str) -> None:
+    async with SQLAlchemySession(sqlite_url, shutdown_timeout=0.05) as session:
+        await session.create_tables(metadata)
+        begin = session.transaction if by == "unit" else session.engine.begin
+
+        async def write() -> None:
+            async with begin() as work:
+                await work.execute(accounts.insert(), {"id": 1, "number": "A1", "balance": 1})
+                await work.execute(NEVER_ENDING)
+
+        task = asyncio.create_task(write())
+        await asyncio.sleep(0.1)
+        await session.disconnect()
+        async with opened(sqlite_url) as other:  # creates the table, and waits for no lock
+            assert await Accounts(other).count() == 0
+        assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], Exception)
+
+
+@pytest.mark.parametrize("by", ["session", "unit", "engine"])
+@pytest.mark.parametrize("in_memory", [False, True], ids=["file", "in memory"])
+async def test_a_cancelled_statement_of_sqlite_ends_and_leaves_the_database(
+    sqlite_url: str, by: str, in_memory: bool
+) -> None:
+    async with opened("sqlite+aiosqlite://" if in_memory else sqlite_url) as session:
+        await Accounts(session).add(account(1))
+
+        async def write() -> None:
+            if by == "session":
+                await session.execute(NEVER_ENDING)
+            else:
+                async with session.transaction() if by == "unit" else session.engine.begin() as work:
+                    await work.execute(accounts.delete())
+                    await work.execute(NEVER_ENDING)
+
+        for _ in range(3):
+            task = asyncio.create_task(write())
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            async with asyncio.timeout(2):
+                await Accounts(session).upsert(account(2))
+                assert await Accounts(session).count() == 2
+        await until(lambda: session.pool_status().checked_out == 0)
+
+
+@pytest.mark.parametrize("within", [None, 0.3], ids=["statement timeout", "deadline"])
+async def test_a_slow_statement_of_the_engine_is_one_whoever_ends_it(database_url: str, within: float | None) -> None:
+    slow = {"postgresql": sa.text("SELECT pg_sleep(30)"), "mysql": sa.text("SELECT SLEEP(30)"), "sqlite": NEVER_ENDING}
+    async with SQLAlchemySession(database_url, statement_timeout=0.5) as session:
+        async with session.engine.connect() as connection:
+            with pytest.raises(StatementTimeoutError), deadline(within or 30.0):
+                await connection.execute(slow[session.dialect_name])
+        async with session.engine.connect() as connection:
+            assert (await connection.execute(sa.text("SELECT 1"))).scalar() == 1
+            with pytest.raises(sa.exc.DBAPIError):
+                await connection.execute(sa.text("SELECT nothing FROM nowhere"))

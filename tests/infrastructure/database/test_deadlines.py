@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -26,7 +27,7 @@ from fastapi_building_blocks.infrastructure import (
 )
 from fastapi_building_blocks.infrastructure.database import connections
 from fastapi_building_blocks.infrastructure.database.connections import PooledConnection
-from tests.guarantees.ledger import Account, Accounts, account, opened
+from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
 from tests.server_view import until
 
 SLEEP = {"postgresql": "SELECT pg_sleep(5)", "mysql": "SELECT SLEEP(5)"}
@@ -80,6 +81,57 @@ async def test_a_deadline_ends_a_statement(
     await asyncio.sleep(0)
     assert (await Accounts(session).get(1)).id == 1
     await until(lambda: session.pool_status().checked_out == 0)
+
+
+async def cut_short(connection: PooledConnection, statement: Any, arguments: Any) -> str:
+    """An answer that comes at the moment when its call is cancelled; asyncio.wait_for does so on Python 3.11."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(5)
+    if arguments:
+        raise arguments[0]
+    return "the answer"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("in_unit", [False, True], ids=["alone", "in a unit"])
+@pytest.mark.parametrize("error", [None, ValueError("the driver's own")], ids=["answer", "error"])
+async def test_a_late_call_that_ends_by_itself_leaves_no_cancellation_behind(
+    session: SQLAlchemySession, in_unit: bool, error: Exception | None
+) -> None:
+    """Whoever counts cancellations, as asyncio.timeout does, would take its own for somebody else's."""
+    arguments = (error,) if error else ()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.5):
+            with suppress(ValueError):
+                if in_unit:
+                    async with session.transaction() as unit:
+                        with deadline(0.1):
+                            assert await unit.perform(cut_short, None, arguments) == "the answer"
+                else:
+                    with deadline(0.1):
+                        assert await session.perform(cut_short, None, arguments) == "the answer"
+            await asyncio.sleep(5)
+    current = asyncio.current_task()
+    assert current is not None
+    assert not current.cancelling()
+    assert await Accounts(session).count() == 1
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_what_follows_a_late_statement_of_the_same_call_has_its_time_as_well(session: SQLAlchemySession) -> None:
+    async def in_two_parts(connection: PooledConnection, statement: Any, arguments: Any) -> None:
+        turn = connection.turn
+        await cut_short(connection, statement, ())
+        connection.next_statement(turn)
+        await asyncio.sleep(60)
+
+    session._patience = 0.1
+    async with asyncio.timeout(5):
+        with pytest.raises(StatementTimeoutError):
+            await session.perform(in_two_parts, sa.select(sa.literal(1)), ())
+    current = asyncio.current_task()
+    assert current is not None
+    assert not current.cancelling()
 
 
 async def test_one_deadline_is_for_all_calls_of_the_work_and_shrinks(session: SQLAlchemySession) -> None:
@@ -169,6 +221,17 @@ async def test_whether_a_write_that_was_late_is_kept_is_unknown(database_url: st
             with pytest.raises(DeadlineExceededError), deadline(0.2):
                 async with session.transaction() as late:
                     await Accounts(late).patch(1, {"balance": 5})  # of a unit nothing is kept
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_so_it_is_where_a_select_stands_on_a_write(database_url: str) -> None:
+    async with opened(database_url) as session, opened(database_url) as other:
+        await Accounts(session).add(account(1))
+        changed = sa.update(accounts).values(balance=5).returning(accounts.c.id).cte()
+        async with other.transaction() as unit:
+            await Accounts(unit).get_by_id(1, lock="update")
+            with pytest.raises(CommitOutcomeUnknownError), deadline(0.2):
+                await session.execute(sa.select(changed.c.id))
 
 
 @pytest.mark.parametrize("portable", [False, True])

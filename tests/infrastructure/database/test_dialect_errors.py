@@ -19,6 +19,7 @@ from fastapi_building_blocks.domain.errors import (
     LockNotAvailableError,
     StatementTimeoutError,
 )
+from fastapi_building_blocks.infrastructure import SQLAlchemySession
 from fastapi_building_blocks.infrastructure.database.dialects import PortableDialect, Timeouts, dialect_for
 from fastapi_building_blocks.infrastructure.database.sqlalchemy_errors import translate
 
@@ -247,6 +248,21 @@ def test_a_value_that_a_message_quotes_decides_nothing():
 def test_what_only_the_driver_noticed_is_known_by_its_state(state: str, function: str, kind: type[Exception]):
     message = f"[{state}] [Microsoft][ODBC Driver 18 for SQL Server]Timeout expired (0) ({function})"
     assert subject_of(Exception(state, message))[0] is kind
+
+
+@pytest.mark.parametrize("portable", [False, True])
+async def test_what_is_closed_in_a_text_of_sqlite_is_not_the_connection(portable: bool):
+    """In memory, giving the connection up for lost would lose the database."""
+    async with SQLAlchemySession("sqlite+aiosqlite:///:memory:", portable=portable) as session:
+        await session.execute(sa.text("CREATE TABLE shops (id INTEGER, closed_at TEXT UNIQUE, CHECK (closed_at > ''))"))
+        await session.execute(sa.text("INSERT INTO shops VALUES (1, 'noon')"))
+        with pytest.raises(DuplicateKeyError, match="closed_at is already taken"):
+            await session.execute(sa.text("INSERT INTO shops VALUES (2, 'noon')"))
+        with pytest.raises(ConstraintError):
+            await session.execute(sa.text("INSERT INTO shops VALUES (3, '')"))
+        with pytest.raises(BuildingBlocksError, match="refused the statement"):
+            await session.execute(sa.text("SELECT closed FROM shops"))
+        assert (await session.execute(sa.text("SELECT count(*) FROM shops"))).scalar() == 1
 
 
 # Names of constraints

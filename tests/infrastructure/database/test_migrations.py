@@ -229,6 +229,15 @@ async def test_a_database_in_memory_is_migrated_on_its_own_sessions_connection(t
         assert (await session.execute(sa.text("PRAGMA foreign_keys"))).scalar() == 1
 
 
+async def test_a_migration_that_fails_leaves_a_database_in_memory_with_its_foreign_keys(tmp_path: Path):
+    fill = "op.execute(\"INSERT INTO things (id, name) VALUES (1, 'one')\"); raise ZeroDivisionError"
+    directory = write_environment(tmp_path, CREATE, fill)
+    async with SQLAlchemySession("sqlite+aiosqlite:///:memory:") as session:
+        with pytest.raises(ZeroDivisionError):
+            await upgrade(session, directory)
+        assert (await session.execute(sa.text("PRAGMA foreign_keys"))).scalar() == 1
+
+
 async def test_a_session_stands_for_its_url(database_url: str, tmp_path: Path):
     await upgrade(SQLAlchemySession(database_url), write_environment(tmp_path, CREATE))
     assert await on_connection(database_url, tables) == {"things", "alembic_version"}

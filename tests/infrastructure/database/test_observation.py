@@ -105,6 +105,16 @@ async def test_what_sqlalchemy_runs_is_told_too(session: SQLAlchemySession, even
     assert events[-1].error is not None
 
 
+async def test_a_stream_of_sqlalchemys_is_told_once_it_runs_with_no_rows_yet(
+    session: SQLAlchemySession, events: list[StatementEvent]
+) -> None:
+    await Accounts(session).add_many([account(number) for number in range(1, 4)])
+    events.clear()
+    async for _ in session.stream(sa.select(Accounts.table)):
+        [told] = [event for event in events if event.name == "core"]
+        assert (told.rows, told.seconds > 0, told.error) == (0, True, None)
+
+
 async def test_a_failure_is_told_as_callers_see_it(session: SQLAlchemySession, events: list[StatementEvent]) -> None:
     await Accounts(session).add(account(1))
     with pytest.raises(DuplicateKeyError):

@@ -23,6 +23,7 @@ from fastapi_building_blocks.infrastructure import (
 from fastapi_building_blocks.infrastructure.database import replicas as module
 from fastapi_building_blocks.infrastructure.database.consistency import ConsistencyScope, consistency_scope
 from fastapi_building_blocks.infrastructure.database.replicas import _History, _Shared
+from fastapi_building_blocks.infrastructure.database.statement_kinds import is_read
 from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
 
 PRIMARY, REPLICA = 1, 2
@@ -136,14 +137,14 @@ async def test_reads_go_to_the_primary_where_that_is_asked_for(session: SQLAlche
 
 async def test_a_query_with_a_write_in_it_is_one() -> None:
     changed = sa.update(accounts).values(balance=3).returning(accounts.c.id).cte("changed")
-    assert not module._is_read(sa.select(changed.c.id))
-    assert not module._is_read(sa.insert(accounts))
-    assert not module._is_read(sa.text("SELECT 1"))
-    assert module._is_read(sa.select(accounts).where(sa.text("id = 1")))
+    assert not is_read(sa.select(changed.c.id))
+    assert not is_read(sa.insert(accounts))
+    assert not is_read(sa.text("SELECT 1"))
+    assert is_read(sa.select(accounts).where(sa.text("id = 1")))
     for name in ("pg_advisory_xact_lock", "pg_try_advisory_lock", "GET_LOCK", "nextval", "last_insert_id"):
-        assert not module._is_read(sa.select(getattr(sa.func, name)(1))), name
-    assert not module._is_read(sa.select(sa.Sequence("numbers").next_value()))
-    assert module._is_read(sa.select(sa.func.locked(1), sa.func.lastvalue(1), sa.func.lower("A")))
+        assert not is_read(sa.select(getattr(sa.func, name)(1))), name
+    assert not is_read(sa.select(sa.Sequence("numbers").next_value()))
+    assert is_read(sa.select(sa.func.locked(1), sa.func.lastvalue(1), sa.func.lower("A")))
 
 
 # A session without replicas

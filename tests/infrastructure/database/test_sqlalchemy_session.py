@@ -2,6 +2,7 @@
 
 import asyncio
 import builtins
+import gc
 import logging
 import re
 import socket
@@ -304,6 +305,43 @@ async def test_an_unopened_or_disconnected_session_says_what_to_call(sqlite_url:
     for call in calls:
         with pytest.raises(RuntimeError, match=r"await session\.connect\(\) first"):
             await call()
+
+
+@portable_too
+async def test_a_session_says_that_it_is_connected_in_another_event_loop(database_url: str, portable: bool) -> None:
+    async def in_another(session: SQLAlchemySession) -> None:
+        async def use_the_engine() -> None:
+            async with session.engine.connect():
+                pass
+
+        for use in (lambda: session.execute(sa.text("SELECT 1")), session.ping, session.connect, use_the_engine):
+            with pytest.raises(RuntimeError, match="connected in another event loop"):
+                await use()
+
+    async with SQLAlchemySession(database_url, portable=portable) as session:
+        await asyncio.to_thread(asyncio.run, in_another(session))
+        assert (await session.execute(sa.text("SELECT 1"))).scalar() == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # drivers', of what is left behind
+def test_a_session_left_behind_by_one_event_loop_serves_the_next_after_disconnect(database_url: str) -> None:
+    session = SQLAlchemySession(database_url)
+
+    async def use() -> None:
+        await session.connect()
+        assert (await session.execute(sa.text("SELECT 1"))).scalar() == 1
+
+    async def use_again() -> None:
+        with pytest.raises(RuntimeError, match="connected in another event loop"):
+            await session.connect()
+        await session.disconnect()
+        await use()
+        await session.disconnect()
+
+    asyncio.run(use())
+    asyncio.run(use_again())
+    assert session.pool_status().checked_out == 0
+    gc.collect()  # so that they warn here
 
 
 async def test_the_representation_has_the_place_and_not_the_password() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,6 +205,28 @@ async def test_a_failed_preparation_fails_the_start(sqlite_url: str) -> None:
         await session.ping()
 
 
+async def test_a_preparation_that_is_cancelled_from_within_fails_the_start(sqlite_url: str) -> None:
+    async def prepare() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(RuntimeError, match="preparation of the database was cancelled"):
+        await SQLAlchemySession(sqlite_url).start(prepare)
+
+
+async def test_a_preparation_may_connect_other_sessions(sqlite_url: str, tmp_path: Path) -> None:
+    session = SQLAlchemySession(sqlite_url)
+
+    async def prepare() -> None:
+        async with SQLAlchemySession(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}") as other:
+            await other.ping()
+            await session.create_tables(metadata)
+        assert await Accounts(session).count() == 0
+
+    await session.start(prepare)
+    assert await Accounts(session).count() == 0
+    await session.disconnect()
+
+
 async def test_a_preparation_that_fails_later_is_logged_without_its_statement_and_not_repeated(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,9 +245,38 @@ async def test_a_preparation_that_fails_later_is_logged_without_its_statement_an
     await until(lambda: "preparing sqlite" in caplog.text)
     assert "secret" not in caplog.text
     assert attempts == 1
+    assert not session.is_connected
     with pytest.raises(UnavailableError):
         await session.ping()
+    await session.start(lambda: session.create_tables(metadata))  # as if it had never been called
+    await until(lambda: session._starting is None)
+    assert await Accounts(session).count() == 0
     await session.disconnect()
+
+
+async def test_a_preparation_that_outlives_disconnect_lets_nobody_in(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlalchemy_session, "_START_PATIENCE", 0.05)
+    session = SQLAlchemySession(sqlite_url, shutdown_timeout=1.0)
+    go_on, has_ended = asyncio.Event(), asyncio.Event()
+
+    async def prepare() -> None:
+        while not go_on.is_set():
+            try:
+                await go_on.wait()
+            except asyncio.CancelledError:
+                continue
+        has_ended.set()
+
+    await session.start(prepare)
+    await session.disconnect()
+    go_on.set()
+    await has_ended.wait()
+    await asyncio.sleep(0.05)
+    assert not session.is_connected
+    with pytest.raises(RuntimeError, match=r"await session\.connect\(\) first"):
+        await session.ping()
 
 
 @on_servers

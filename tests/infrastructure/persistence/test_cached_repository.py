@@ -876,6 +876,28 @@ async def test_c5_two_processes_make_one_read(session: Any, redis_url: str, of: 
         assert first.statistics().loads + second.statistics().loads == (1 if of == "key" else 2)
 
 
+async def test_c5_who_looked_before_the_first_load_of_all_takes_what_that_has_kept(
+    session: Any, redis_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    await Counters(session).add(Counter(1, 1))
+    reads = Reads(session)
+    async with RedisCache(redis_url, prefix="c5 late:") as first, RedisCache(redis_url, prefix="c5 late:") as second:
+        get_many, asked = second.get_many, 0
+
+        async def late(keys: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            answer = await get_many(keys)
+            if asked == 1:
+                assert answer == [None, None]
+                await CachedRepository(Counters(session), first).get(1)
+            return answer
+
+        monkeypatch.setattr(second, "get_many", late)
+        assert (await CachedRepository(Counters(session), second).get(1)).number == 1
+        assert reads.taken() == 1
+
+
 async def test_c5_many_with_one_key_in_common_wait_for_its_load(
     cached: Any, session: Any, monkeypatch: pytest.MonkeyPatch
 ):

@@ -115,6 +115,31 @@ async def test_onupdate_runs_with_every_update_unless_given(session: InMemorySes
     assert (await Things(session).patch(1, {"touched": 77})).touched == 77
 
 
+async def test_an_upsert_is_no_update_to_onupdate_and_defaults_of_what_is_there(session: InMemorySession) -> None:
+    @dataclasses.dataclass
+    class Paper:
+        id: int
+        title: str
+        stamp: int | None = None
+
+    class Papers(BaseRepository[Paper]):
+        table = sa.Table(
+            "papers",
+            sa.MetaData(),
+            sa.Column("id", sa.Integer(), primary_key=True),
+            sa.Column("title", sa.String(20)),
+            sa.Column("stamp", sa.Integer(), default=1, onupdate=9),
+        )
+
+    repository = Papers(session)
+    assert await repository.upsert(Paper(1, "a")) == Paper(1, "a", 1)
+    assert await repository.upsert(Paper(1, "b")) == Paper(1, "b", 1)
+    assert await repository.upsert_many([Paper(1, "c")]) == 1
+    assert await repository.get(1) == Paper(1, "c", 1)
+    assert await repository.upsert(Paper(1, "c", 5)) == Paper(1, "c", 5)
+    assert await repository.patch(1, {"title": "d"}) == Paper(1, "d", 9)
+
+
 async def test_generated_keys_go_on_behind_a_given_one_and_a_rollback_leaves_a_gap(session: InMemorySession) -> None:
     assert (await Things(session).add(Thing())).id == 1
     assert (await Things(session).add(Thing(id=10))).id == 10

@@ -321,15 +321,16 @@ class RedisCache(Cache):
 
     async def _within(self, call: Any, seconds: float) -> Any:
         """Await a call, but no longer than this; an answer that has come while the event loop was busy counts."""
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        task: Any = asyncio.current_task()
+        loop, cancelling = asyncio.get_running_loop(), task.cancelling()
         is_late = False
-        timer: asyncio.Handle | None = None
+        timer: asyncio.Handle
 
         def expire(turns: int) -> None:
             nonlocal timer, is_late
             if turns:
                 timer = loop.call_soon(expire, turns - 1)
-            elif task is not None:
+            else:
                 is_late = True
                 task.cancel()
 
@@ -337,11 +338,13 @@ class RedisCache(Cache):
         try:
             return await call
         except asyncio.CancelledError:
-            if is_late and task is not None and task.uncancel() <= 0:
+            if is_late and task.cancelling() <= cancelling + 1:
                 raise TimeoutError(f"no answer within {seconds} s") from None
             raise
         finally:
             timer.cancel()
+            if is_late:
+                task.uncancel()  # however the call ended: redis-py may have made something else of it
 
     def _fail_turn(self) -> None:
         turn, self._turn = self._turn, None

@@ -20,8 +20,8 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
 from types import FrameType
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ import greenlet
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
 from fastapi_building_blocks.domain.errors import PoolTimeoutError
 
@@ -55,7 +56,7 @@ _ABORT_TIMEOUT = 0.3
 _SPARE_LINGER = 30.0
 """Seconds that connections beyond ``pool_size`` stay open unused: opening one costs more than keeping it."""
 
-_reservation: ContextVar[object | None] = ContextVar("reservation", default=None)
+_reservations: ContextVar[frozenset[object]] = ContextVar("reservations", default=frozenset())
 
 
 class PooledConnection(PoolProxiedConnection):
@@ -65,6 +66,7 @@ class PooledConnection(PoolProxiedConnection):
         "_caller",
         "_cancelling",
         "_is_cancelled",
+        "_loop",
         "_patience",
         "_record",
         "dbapi_connection",
@@ -72,9 +74,11 @@ class PooledConnection(PoolProxiedConnection):
         "epoch",
         "intact",
         "is_late",
+        "leaving",
         "lent",
         "old_at",
         "opened_at",
+        "turn",
         "until",
         "valid",
     )
@@ -97,8 +101,13 @@ class PooledConnection(PoolProxiedConnection):
         """When the call that is open on it has to end, by ``time.monotonic()``."""
         self.is_late = False
         """Whether that call was asked to end."""
+        self.turn = 0
+        """How often it was taken back from a call that went on."""
         self.lent: tuple[float, str] | None = None
         """Since when, and from which line, it is held by what may hold it long; None: not held, or reported."""
+        self.leaving: asyncio.Task[None] | None = None
+        """What closes it, where SQLAlchemy has given it up."""
+        self._loop = asyncio.get_running_loop()  # kept: to ask for it is a system call each time
         self._caller: asyncio.Task[Any] | None = None
         self._is_cancelled = False
         self._cancelling = 0
@@ -117,21 +126,46 @@ class PooledConnection(PoolProxiedConnection):
             if end <= now:
                 raise deadline_passed()
             until = end
-        self._caller = caller = asyncio.current_task()
+        if self._is_cancelled:
+            self._take_back_cancellation()
+        self._caller = caller = asyncio.current_task(self._loop)
         # Asked here: whoever cancels the task during the call wants it to end, though the call may end first.
         self._cancelling = 0 if caller is None else caller.cancelling()
-        self.is_late = self._is_cancelled = False
+        self.is_late = False
         self._patience = patience
         self.until = until
 
-    def next_statement(self) -> None:
+    def check_turn(self, turn: int) -> None:
+        """Raise RuntimeError if the connection was taken back since: what runs on it now is somebody else's."""
+        if turn != self.turn:
+            raise RuntimeError("the unit of work has ended while a statement of it was on its way")
+
+    def next_statement(self, turn: int) -> None:
         """Begin the time of a call anew, for another of the statements that it is made of.
+
+        Args:
+            turn: the connection's when the call began.
 
         Raises:
             DeadlineExceededError: the deadline around the call has passed.
+            RuntimeError: the connection was taken back since the call began.
         """
-        if self.until < _NEVER:
+        self.check_turn(turn)
+        if self.until < _NEVER or self._is_cancelled:
             self.start_clock(self._patience)
+
+    def stop_clock(self) -> None:
+        """End the time of a call: what follows takes its own."""
+        self.until = _NEVER
+        if self._is_cancelled:
+            self._take_back_cancellation()
+
+    def rest(self) -> None:
+        """Forget the call, and who made it: its task may have failed, and holds on to all that it had."""
+        self.until = _NEVER  # as stop_clock(), written out: every call of a session comes this way
+        if self._is_cancelled:
+            self._take_back_cancellation()
+        self._caller = None
 
     def cancel_call(self) -> None:
         """Cancel the task that waits for the call."""
@@ -142,10 +176,19 @@ class PooledConnection(PoolProxiedConnection):
 
     def ran_out_of_time(self, error: BaseException) -> bool:
         """Whether ``error`` is what ``cancel_call`` has raised, and nobody else wants the task to end."""
-        if not (self._is_cancelled and isinstance(error, asyncio.CancelledError) and self._caller is not None):
+        if not self._is_cancelled or self._caller is None:
             return False
         self._is_cancelled = False
-        return self._caller.uncancel() <= self._cancelling
+        return self._caller.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError)
+
+    def _take_back_cancellation(self) -> None:
+        """Forget a cancellation that did not end the call, as the answer came first, or the driver made it an error.
+
+        Else ``asyncio.timeout`` and others that count them would take the next one for somebody else's.
+        """
+        self._is_cancelled = False
+        if self._caller is not None and self._caller is asyncio.current_task():
+            self._caller.uncancel()
 
     @property
     def pool(self) -> "ConnectionPool":
@@ -182,7 +225,10 @@ class PooledConnection(PoolProxiedConnection):
             self.valid = False  # the borrower discards it; what was merely cancelled is recovered if it can be
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        return self.dbapi_connection.cursor(*args, **kwargs)
+        turn = self.turn
+        cursor = self.dbapi_connection.cursor(*args, **kwargs)
+        self.check_turn(turn)
+        return cursor
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.dbapi_connection, name)
@@ -198,7 +244,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     interrupted, and how does another connection end that?), and times in seconds: ``connect_timeout``, ``recycle`` (the
     age at which a connection is replaced) and ``leak_threshold``; ``engine`` is SQLAlchemy's on this pool, and ``server``
     what observers call the server. It lends nothing before ``reopen``, or ``reserve`` for
-    those who ``enter``.
+    those who have ``entered``.
     """
 
     is_dead: Callable[[Any], bool]
@@ -230,20 +276,28 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._closed = True
         self._reserved: object | None = None
         self._refusal: Callable[[], Exception] = not_connected
-        self._draining: set[asyncio.Future[None]] = set()
+        self._draining: dict[asyncio.Future[None], set[PooledConnection]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._trimmer: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._nobodys = Context()  # of the look around, which logs about others than who has set it off
         self._least_idle = 0
 
     # Borrowing
 
     def take(self) -> PooledConnection | None:
-        """Return an idle connection, the one used last, or None: then ``acquire``."""
+        """Return an idle connection, the one used last, or None: then ``acquire``.
+
+        Raises:
+            RuntimeError: the connections belong to another event loop.
+        """
         idle = self._idle
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self.check_loop()
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(_LOOK_AGAIN, self._look, context=self._nobodys)
+            self._watch = loop.call_later(_LOOK_AGAIN, self._look, context=self._nobodys)
             self._retire()  # nobody has looked while all were idle
         while idle:
             connection = idle.pop()
@@ -289,17 +343,24 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             expiry.cancel()
         return connection if connection is not None else await self._open_one()
 
+    def check_loop(self) -> None:
+        """Raise RuntimeError if connections are lent in another event loop than this one."""
+        if not self._closed and self._loop is not asyncio.get_running_loop():
+            raise RuntimeError(
+                "the session is connected in another event loop; use one session in each, or disconnect() it first"
+            )
+
     def check_open(self) -> None:
         """Raise RuntimeError, or what ``reserve`` was told, unless connections are lent to this task."""
         if self._reserved is not None:
-            if _reservation.get() is not self._reserved:
+            if self._reserved not in _reservations.get():
                 raise self._refusal()
         elif self._closed:
             raise not_connected()
 
     def release(self, connection: PooledConnection) -> None:
         """Give a healthy connection back, to whoever waits longest."""
-        connection.until = _NEVER
+        connection.rest()
         connection.lent = None
         if connection.epoch != self._epoch or not connection.valid or self._closed:
             self.discard(connection)
@@ -320,13 +381,13 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             self._least_idle = len(self._idle)
             self._trimmer = asyncio.get_running_loop().call_later(_SPARE_LINGER, self._trim)
 
-    def discard(self, connection: PooledConnection, *, distrust: bool = False) -> None:
+    def discard(self, connection: PooledConnection, *, distrust: bool = False) -> asyncio.Task[None]:
         """Close a connection in the background and free its place; with ``distrust``, doubt the others as well."""
         connection.until = _NEVER
         connection.lent = None
         if distrust:
             self.distrust(connection)
-        self._in_background(self._close(connection))
+        return self._in_background(self._close(connection))
 
     def give_up(self, borrowed: PoolProxiedConnection, cause: BaseException) -> None:
         """Close what SQLAlchemy has borrowed, as soon as the greenlet of the one who did is left.
@@ -338,6 +399,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     def mend(self, connection: PooledConnection) -> None:
         """Take back a connection whose call was interrupted; it is lent again only once it is known to be sound."""
+        connection.turn += 1
         connection.until = _NEVER
         connection.lent = None
         self._in_background(self._recover(connection))
@@ -358,6 +420,10 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         for connection in tuple(self._connections):
             if connection.until < _NEVER:
                 connection.cancel_call()
+
+    def find(self, driver: Any) -> PooledConnection | None:
+        """Return the connection with this one of SQLAlchemy's or the driver's underneath."""
+        return next((one for one in self._connections if driver in (one.dbapi_connection, one.driver)), None)
 
     def outstanding(self) -> int:
         """How many calls are on a connection or wait for one."""
@@ -422,62 +488,103 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_exception(RuntimeError("the session was disconnected"))
-        while self._idle:
-            self.discard(self._idle.pop())
+                waiter.set_exception(disconnected())
+        self.renew()
         lent = set(self._connections)
-        is_empty = await self._is_empty_within(patience)
-        if self._watch is not None:  # until here it has ended calls that were late
+        is_empty = await self._is_empty_within(patience, lent)
+        if self._closed and self._watch is not None:  # until here it has ended calls that were late
             self._watch.cancel()
             self._watch = None
-        if is_empty:
-            return 0
-        late = lent & self._connections  # without those of whoever has connected anew meanwhile
+        # Without those of whoever has connected anew meanwhile.
+        late = set() if is_empty else lent & self._connections
+        await self._abort(late)
+        return len(late)
+
+    async def _abort(self, late: set[PooledConnection]) -> None:
+        """Drop connections that are lent, and end what runs in the background."""
         for connection in late:
             connection.valid = False
-            with suppress(Exception):
-                connection.record.invalidate()  # outside a greenlet the driver drops it without a word
-        if not await self._is_empty_within(_ABORT_TIMEOUT) and self._tasks:
+            self._in_background(self._drop(connection))
+        if await self._is_empty_within(_ABORT_TIMEOUT, late) and self._tasks:
+            await asyncio.wait(tuple(self._tasks), timeout=_ABORT_TIMEOUT)
+        for connection in late:  # whoever holds it still may do so for long
+            self._forget(connection)
+        if self._tasks:
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(tuple(self._tasks), timeout=_ABORT_TIMEOUT)
-        return len(late)
 
-    async def _is_empty_within(self, seconds: float) -> bool:
-        if self._open:
-            emptied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._draining.add(emptied)
-            try:
-                await asyncio.wait({emptied}, timeout=seconds)
-            finally:
-                self._draining.discard(emptied)
-        return not self._open
+    async def _drop(self, connection: PooledConnection) -> None:
+        """End what runs on a connection, where that is possible, and close it under whoever holds it."""
+        try:
+            if self.interrupt(connection):
+                async with asyncio.timeout(_ABORT_TIMEOUT):
+                    await self.recover(connection)
+        except Exception:
+            logger.debug("an interrupted connection could not be recovered", exc_info=True)
+        finally:
+            with suppress(Exception):
+                connection.record.invalidate()  # outside a greenlet the driver drops it without a word
+
+    async def _is_empty_within(self, seconds: float, lent: set[PooledConnection]) -> bool:
+        """Wait until nothing is open any more, or none of those that were lent where others have connected meanwhile."""
+        if not self._open:
+            return True
+        emptied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._draining[emptied] = lent
+        try:
+            await asyncio.wait({emptied}, timeout=seconds)
+        finally:
+            del self._draining[emptied]
+        return emptied.done()
 
     def reopen(self) -> None:
         """Lend connections, until ``drain``."""
         self._begin_anew()
         self._end_reservation()
 
-    def reserve(self, refusal: Callable[[], Exception]) -> None:
-        """Lend connections to those who ``enter`` only, until ``reopen``; others are raised what ``refusal`` makes."""
+    def reserve(self, refusal: Callable[[], Exception]) -> object:
+        """Lend connections to those who have ``entered`` only, until ``admit``; others are raised what ``refusal`` makes.
+
+        Returns the reservation: it ends with ``drain``, too.
+        """
         self._begin_anew()
         self._reserved, self._refusal = object(), refusal
         # Idle connections are reserved as well. Said here, since the way of every statement has no time to ask.
         self.take = self._take_reserved  # type: ignore[method-assign]
+        return self._reserved
+
+    def is_reserved(self, reservation: object) -> bool:
+        """Whether connections are lent to those of this reservation still."""
+        return self._reserved is reservation
+
+    def admit(self, reservation: object) -> bool:
+        """Lend connections to everybody; False, and nothing, where the reservation has ended meanwhile."""
+        if not self.is_reserved(reservation):
+            return False
+        self.reopen()
+        return True
 
     def _begin_anew(self) -> None:
+        self.check_loop()
         if self._closed and self._watch is not None:
             # Of a call that was refused, in an event loop that may be no more: nothing would look around in this one.
             self._watch.cancel()
             self._watch = None
+        self._loop = asyncio.get_running_loop()
         self._closed = False
 
-    def enter(self) -> None:
-        """Have this task, and those that it starts from here on, lent what is reserved now."""
-        _reservation.set(self._reserved)
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have this task, and those that it starts meanwhile, lent what is reserved now."""
+        token = _reservations.set(_reservations.get() | {self._reserved})
+        try:
+            yield
+        finally:
+            _reservations.reset(token)
 
     def _take_reserved(self) -> PooledConnection | None:
-        return ConnectionPool.take(self) if _reservation.get() is self._reserved else None
+        return ConnectionPool.take(self) if self._reserved in _reservations.get() else None
 
     def _end_reservation(self) -> None:
         self._reserved = None
@@ -488,10 +595,13 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         # half-open one, which the server then keeps.
         opening = self._in_background(self._open_in_time())
         try:
-            return await asyncio.shield(opening)
+            await asyncio.wait({opening})
         except asyncio.CancelledError:
             opening.add_done_callback(self._keep)
             raise
+        if opening.cancelled():  # by drain(): that is not the caller's own end
+            raise disconnected()
+        return opening.result()
 
     async def _open_in_time(self) -> PooledConnection:
         try:
@@ -534,31 +644,29 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)  # the place goes to the one that waits longest, who opens a connection
-                return
-        self._open -= 1
-        if not self._open:
-            for emptied in self._draining:
-                if not emptied.done():
-                    emptied.set_result(None)
+                break
+        else:
+            self._open -= 1
+        for emptied, lent in self._draining.items():
+            if not emptied.done() and (not self._open or (not self._closed and lent.isdisjoint(self._connections))):
+                emptied.set_result(None)
 
     async def _close(self, connection: PooledConnection) -> None:
         record = connection.record
-        is_dead = self.is_dead(connection.driver)
-        # SQLAlchemy logs each invalidation, so a healthy connection takes its leave in the ordinary way.
-        take_leave = record.close if connection.valid and not is_dead else record.invalidate
+        connection.rest()
         connection.valid = False
         try:
-            # To one that is dead there is nothing to say. SQLAlchemy would, in a task whose error nobody sees.
-            if not is_dead:
-                async with asyncio.timeout(_CLOSE_TIMEOUT):
-                    await greenlet_spawn(take_leave)
+            try:
+                if not self.is_dead(connection.driver):  # otherwise nobody is there to take leave of
+                    async with asyncio.timeout(_CLOSE_TIMEOUT):
+                        await greenlet_spawn(record.close)
+            finally:
+                if record.dbapi_connection is not None:
+                    record.invalidate()  # outside a greenlet the driver drops it without a word
         except Exception:
             logger.debug("a connection did not close cleanly", exc_info=True)
         finally:
-            if record.dbapi_connection is not None:
-                record.invalidate()  # outside a greenlet the driver drops it without a word
-            self._connections.discard(connection)
-            self._free_place()
+            self._forget(connection)
 
     async def _recover(self, connection: PooledConnection) -> None:
         sound = False
@@ -650,14 +758,58 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             if broken is not None and self.is_abandoned(broken):
                 broken.valid = False
                 self.mend(broken)
+            elif broken is not None and broken.leaving is not None and not broken.leaving.done():
+                broken.leaving.add_done_callback(lambda _: self._has_left(broken))  # the server still counts it
             else:
-                if broken is not None:
-                    self._connections.discard(broken)
-                self._free_place()
+                self._forget(broken)
         else:
             connection = self._wrap(record)
             connection.intact = False
             self.release(connection)
+
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        if not terminate:
+            self._dialect.do_close(connection)  # SQLAlchemy's own logs an error where the server is silent
+        elif in_greenlet():
+            # SQLAlchemy would have its caller wait for that, and in a task of which nobody knows.
+            pooled = self.find(connection)
+            leaving = self._in_background(self._take_leave(connection, pooled))
+            if pooled is not None:
+                pooled.leaving = leaving
+        else:
+            super()._close_connection(connection, terminate=True)
+
+    async def _take_leave(self, connection: Any, pooled: PooledConnection | None) -> None:
+        is_closed = False
+        try:
+            if not self.is_dead(connection.driver_connection):
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    if pooled is not None and self.interrupt(pooled) and await self.recover(pooled):
+                        entry: Any = pooled.record
+                        entry.dbapi_connection = connection  # in memory it is the database: it stays
+                    else:
+                        await greenlet_spawn(self._dialect.do_close, connection)
+                is_closed = True
+        except Exception:
+            logger.debug("a connection did not close cleanly", exc_info=True)
+        finally:
+            if not is_closed:
+                super()._close_connection(connection, terminate=True)
+
+    def _has_left(self, connection: PooledConnection) -> None:
+        """Free the place of a connection that SQLAlchemy has given up, or lend it again if it was kept."""
+        if connection.record.dbapi_connection is None:
+            self._forget(connection)
+        else:
+            self.release(connection)
+
+    def _forget(self, connection: PooledConnection | None) -> None:
+        """Free the place of a connection, once; None is one that was never made."""
+        if connection is not None:
+            if connection not in self._connections:
+                return
+            self._connections.discard(connection)
+        self._free_place()
 
     def _invalidate(
         self, connection: PoolProxiedConnection, exception: BaseException | None = None, _checkin: bool = True
@@ -669,11 +821,10 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             connection.invalidate(exception)
 
     def dispose(self) -> None:
-        while self._idle:
-            connection = self._idle.pop()
-            connection.record.close()
-            self._connections.discard(connection)
-            self._free_place()
+        # In tasks of their own: a cancelled caller loses no place, and a silent server holds up nobody for long.
+        closing = [self.discard(self._idle.pop()) for _ in tuple(self._idle)]
+        if closing:
+            await_(asyncio.wait(closing))
 
     def recreate(self) -> "ConnectionPool":
         return self  # one pool for the session's whole life, whoever disposes of the engine
@@ -732,6 +883,11 @@ def _place_of_caller() -> str:
             return "an unknown place"
         inside = inside.parent
         frame = inside.gr_frame
+
+
+def disconnected() -> RuntimeError:
+    """Return what a call raises that waits for a connection while the session is disconnected."""
+    return RuntimeError("the session was disconnected")
 
 
 def not_connected() -> RuntimeError:

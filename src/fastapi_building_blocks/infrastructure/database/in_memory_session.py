@@ -561,7 +561,7 @@ class InMemoryTransaction(TransactionBackend):
 
 
 def _duplicate(names: tuple[str, ...]) -> DuplicateKeyError:
-    return DuplicateKeyError(f"{', '.join(names)} is already taken", fields=names)
+    return DuplicateKeyError(f"{' and '.join(names)} is already taken", fields=names)
 
 
 def _same_key(collection: Collection, names: tuple[str, ...]) -> tuple[str, ...] | None:

@@ -143,9 +143,12 @@ async def _run_command(
         async with database.engine.connect() as connection:
             # A batch drops the table that it has copied; rows that refer to it are to stay.
             await connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
-            await connection.run_sync(run)
-            await connection.commit()
-            await connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+            try:
+                await connection.run_sync(run)
+                await connection.commit()
+            finally:
+                await connection.rollback()  # within a transaction that has failed, the pragma does nothing
+                await connection.exec_driver_sql("PRAGMA foreign_keys = ON")
     else:
         try:
             await _on_own_connection(url, run)

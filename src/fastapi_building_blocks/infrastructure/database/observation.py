@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from .dialects import PortableDialect
+from .engine_clock import LateCallError
 from .sqlalchemy_errors import out_of_time, translate
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,9 @@ class StatementEvent:
     name: str
     """A repository's by table and shape (``users by key``), ``BEGIN``, ``COMMIT`` and the like, otherwise ``core``."""
     rows: int
-    """How many rows came back or were touched; 0 where the database does not say."""
+    """How many rows came back or were touched; 0 where the database does not say, and for a stream of SQLAlchemy's."""
     seconds: float
-    """From sending to the last row; of a stream without what its consumer took."""
+    """From sending to the last row; of a stream without what its consumer took, of SQLAlchemy's until it can be read."""
     error: Exception | None = None
     """What the statement ended with, of the domain's tree where the database raised it."""
     server: str = "primary"
@@ -82,9 +83,11 @@ class Observation:
 
     def _failure(self, connection: Any, error: BaseException, statement: Any = None) -> Exception:
         if not isinstance(error, Exception):
-            # On session.engine it is SQLAlchemy's own, whose calls the session does not end.
+            # On session.engine it is SQLAlchemy's own, which whoever cancels it has done for himself.
             is_late = getattr(connection, "is_late", False)
             return out_of_time() if is_late else InterruptedError("the call was cancelled")
+        if isinstance(error, LateCallError):
+            return error.failure
         return translate(error, self._dialect, statement)
 
     # The driver's path
@@ -160,9 +163,10 @@ class Observation:
         context.observed_since = time.perf_counter()
 
     def _core_ends(self, connection: Any, cursor: Any, sql: str, _values: Any, context: Any, _many: bool) -> None:
-        self._tell(
-            connection.engine, sql, "core", max(cursor.rowcount, 0), time.perf_counter() - context.observed_since
-        )
+        seconds = time.perf_counter() - context.observed_since
+        # Of rows that are still to be read some drivers of MySQL say that they are 2 ** 64 - 1.
+        rows = 0 if context._is_server_side else max(cursor.rowcount, 0)
+        self._tell(connection.engine, sql, "core", rows, seconds)
 
     def _core_fails(self, failure: Any) -> None:
         since = getattr(failure.execution_context, "observed_since", None)

@@ -20,7 +20,6 @@ import hashlib
 import logging
 import math
 import random
-import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -30,7 +29,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.sql import visitors
 
 from fastapi_building_blocks.domain.errors import (
     BuildingBlocksError,
@@ -46,6 +44,7 @@ from .dialects.portable import Replayed
 from .session import Iteration, Operation, TransactionBackend
 from .sqlalchemy_errors import driver_error, out_of_time
 from .sqlalchemy_session import SQLAlchemySession, SQLAlchemyTransaction
+from .statement_kinds import is_opaque, is_read
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +59,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.02
 """Seconds between two questions to a replica whether it is as far as a read needs it."""
 _CERTAIN = 60.0
 """Seconds after ``max_lag`` in which a mark is still regarded: what clocks of different machines may differ by."""
-_OF_ITS_SERVER = re.compile(
-    r"pg_(try_)?advisory_|(get|release|release_all|is_free|is_used)_locks?$|(next|set|curr|last)val$|next_value$"
-    r"|last_insert_id$",
-    re.IGNORECASE,
-)
-"""Functions about a lock or a sequence, which a replica has none of, or one that is not the primary's."""
 _HISTORY = 120.0
 _SAMPLE = 0.1
 """Seconds between two positions of the primary that are remembered."""
@@ -180,7 +173,7 @@ class ReplicaSet:
 
     async def perform(self, operation: Operation, statement: Any, arguments: Any) -> Any:
         """Run one operation where it belongs."""
-        if not _is_read(statement):
+        if not is_read(statement):
             try:
                 return await self._perform(operation, statement, arguments)
             finally:
@@ -195,12 +188,12 @@ class ReplicaSet:
         try:
             return await self._perform(operation, statement, arguments)
         finally:
-            if _is_opaque(statement):
+            if is_opaque(statement):
                 self.note_write()
 
     async def iterate(self, operation: Iteration, statement: Any, arguments: Any) -> AsyncGenerator[Any, None]:
         """Run one streamed read where it belongs; what fails before its first batch begins again on the primary."""
-        replica, wanted = await self.choose() if _is_read(statement) else (None, None)
+        replica, wanted = await self.choose() if is_read(statement) else (None, None)
         if replica is not None:
             begun, has_some = time.monotonic(), False
             try:
@@ -219,7 +212,7 @@ class ReplicaSet:
                 async for batch in batches:
                     yield batch
         finally:
-            if _is_opaque(statement):
+            if is_opaque(statement):
                 self.note_write()
 
     def open_transaction(self, isolation: str | None, read_only: bool) -> TransactionBackend:
@@ -471,7 +464,9 @@ class Replica:
         try:
             connection.start_clock(self._patience)
             if wanted is not None and connection.opened_at >= self.position_at:
+                turn = connection.turn
                 await self.check(connection, wanted)
+                connection.next_statement(turn)
             answer = await operation(connection, statement, arguments)
         except Exception as error:
             failure = self.session._give_back_after(connection, error, statement)
@@ -665,33 +660,3 @@ def name_of(url: sa.URL) -> str:
 def has_left() -> ConnectionLostError:
     """Return what a call raises that a replica does not answer any more."""
     return ConnectionLostError("the replica that was being read does not answer any more")
-
-
-def _is_read(statement: Any) -> bool:
-    """Whether a single statement changes nothing and locks nothing, as far as its construct says."""
-    reads = getattr(statement, "reads", None)
-    if reads is not None:
-        return bool(reads)
-    return bool(getattr(statement, "is_select", False)) and not any(map(_may_change, visitors.iterate(statement)))
-
-
-def _may_change(part: Any) -> bool:
-    return (
-        getattr(part, "is_dml", False)
-        or getattr(part, "_for_update_arg", None) is not None
-        or isinstance(part, sa.TextualSelect)
-        or (
-            isinstance(part, sa.sql.functions.FunctionElement)
-            and _OF_ITS_SERVER.match(str(getattr(part, "name", ""))) is not None
-        )
-    )
-
-
-def _is_opaque(statement: Any) -> bool:
-    """Whether nobody can tell from a read's construct that it writes nothing: SQL as text, or a function of one's own."""
-    return getattr(statement, "reads", None) is None and any(
-        type(part) is sa.sql.functions.Function
-        or isinstance(part, sa.TextClause)
-        or getattr(part, "is_literal", False) is True
-        for part in visitors.iterate(statement)
-    )

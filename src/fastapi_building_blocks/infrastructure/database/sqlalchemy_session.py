@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Result, make_url
+from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import greenlet_spawn
@@ -24,15 +25,17 @@ from fastapi_building_blocks.domain.errors import (
     UnavailableError,
 )
 
-from .connections import ConnectionPool, PooledConnection, not_connected
+from .connections import ConnectionPool, PooledConnection, disconnected, not_connected
 from .consistency import reads_from_primary
 from .deadlines import deadline, seconds_left
 from .dialects import PortableDialect, Timeouts, dialect_for
+from .engine_clock import keep_time
 from .observation import Observation, Observer
 from .plain_types import adapt_dialect
 from .session import DatabaseSession, Iteration, Operation, PoolStatus, TransactionBackend
 from .settings import DatabaseSettings
 from .sqlalchemy_errors import driver_error, out_of_time, outcome_unknown, translate, translate_commit, write_unknown
+from .statement_kinds import is_opaque, is_read, may_write
 
 if TYPE_CHECKING:
     from .replicas import ReplicaSet, ReplicaStatus
@@ -54,8 +57,6 @@ _REPLAY_PAUSE = 0.02
 _ROLLBACK_TIMEOUT = 2.0
 _LATE_ROLLBACK_TIMEOUT = 0.3
 """Seconds for a ROLLBACK when the deadline has passed; after that the connection is mended in the background."""
-_READS = ("SELECT", "VALUES", "SHOW", "EXPLAIN")
-"""How SQL begins that changes nothing, unless it calls a function that does."""
 _LEAVE_TIMEOUT = 2.0
 """Seconds that the end of a stream may take whose consumer has left it early."""
 _CONNECT_WINDOW = 60.0
@@ -146,6 +147,7 @@ class SQLAlchemySession(DatabaseSession):
                 f"the database URL names no database; write it after the host: {self._url.drivername}://…/name"
             )
         self._is_connected = False
+        self._connecting: asyncio.Future[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._observation: Observation | None = None
         self.statements: dict[Any, Any] = {}
@@ -196,8 +198,9 @@ class SQLAlchemySession(DatabaseSession):
         self._pool.recycle = math.inf if recycle is None or self.dialect.in_memory else recycle
         self._pool.leak_threshold = math.inf if leak_threshold is None else leak_threshold
         self._patience = self.dialect.patience
+        keep_time(self._engine.sync_engine, self._pool, self.dialect)
+        self._engine.sync_engine._option_cls = _UsersEngine
         self._users_engine = self._engine.execution_options(isolation_level=self.dialect.default_isolation)
-        self._users_engine.sync_engine._connection_cls = _UsersConnection
         self._replicas: "ReplicaSet | None" = None  # noqa: UP037 - the import below makes the name a local one
         if replica_urls:
 
@@ -243,7 +246,11 @@ class SQLAlchemySession(DatabaseSession):
 
     @property
     def engine(self) -> AsyncEngine:
-        """An ordinary SQLAlchemy engine on the session's own pool, for what is not a repository's business."""
+        """An ordinary SQLAlchemy engine on the session's own pool, for what is not a repository's business.
+
+        Its errors are SQLAlchemy's, but for calls that take longer than ``statement_timeout`` or the deadline around them
+        (``StatementTimeoutError``, and ``CommitOutcomeUnknownError`` for COMMIT).
+        """
         return self._users_engine
 
     # Lifecycle
@@ -251,41 +258,62 @@ class SQLAlchemySession(DatabaseSession):
     async def connect(self) -> None:
         """Open the first connection, trying again with growing random delays while the server is not there.
 
-        A refused login, an unknown database and a file that cannot be opened are not tried again.
+        A refused login, an unknown database and a file that cannot be opened are not tried again. A session that is
+        connected stays as it is.
 
         Raises:
             ConnectionLostError: it could not be reached in ``connect_attempts``, or refused the user or database.
-            RuntimeError: ``start()`` is connecting the session.
+            RuntimeError: ``start()`` is connecting the session, it was disconnected meanwhile, or it is connected in
+                another event loop.
         """
+        await self._others_connecting()
         if self._starting is not None:
             raise RuntimeError("start() is connecting the session already")
-        if not self._is_connected:
-            self._pool.reserve(not_connected)
-            self._pool.enter()
-        give_up = time.monotonic() + _CONNECT_WINDOW
+        if self._is_connected:
+            return
+        self._connecting = connecting = asyncio.get_running_loop().create_future()
+        reservation = self._pool.reserve(not_connected)
         try:
-            for attempt in count(1):
-                try:
-                    await self._open_first()
-                    break
-                except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
-                    longest = min(_CONNECT_FIRST_DELAY * 2**attempt, _CONNECT_LONGEST_DELAY)
-                    # At least half of it: so many attempts are meant to last for some time.
-                    delay = random.uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
-                    is_last = attempt == self._connect_attempts or time.monotonic() + delay > give_up
-                    if is_last or not self._may_mend(error):
-                        raise self._cannot_connect(error, attempt) from driver_error(error)
-                    self._log_attempt(error, f"{attempt} of {self._connect_attempts}", delay)
-                    await asyncio.sleep(delay)
-            if self._replicas is not None:
-                await self._replicas.start()
+            with self._pool.entered():
+                await self._keep_trying(reservation)
+                if self._replicas is not None:
+                    await self._replicas.start()
+            if not self._pool.admit(reservation):
+                raise disconnected()
         except BaseException:
             self._is_connected = False
             if self._replicas is not None:
                 await self._replicas.stop()
             await self._pool.drain()
             raise
-        self._pool.reopen()
+        finally:
+            self._connecting = None
+            connecting.set_result(None)
+
+    async def _others_connecting(self) -> None:
+        """Wait until no other call of ``connect()`` is on its way."""
+        self._pool.check_loop()
+        while self._connecting is not None:
+            await asyncio.wait({self._connecting})
+
+    async def _keep_trying(self, reservation: object) -> None:
+        """Open the first connection, in ``connect_attempts``."""
+        give_up = time.monotonic() + _CONNECT_WINDOW
+        for attempt in count(1):
+            try:
+                await self._open_first()
+                return
+            except Exception as error:  # noqa: BLE001 - translate() knows which of them are the database's
+                if not self._pool.is_reserved(reservation):
+                    raise disconnected() from None
+                longest = min(_CONNECT_FIRST_DELAY * 2**attempt, _CONNECT_LONGEST_DELAY)
+                # At least half of it: so many attempts are meant to last for some time.
+                delay = random.uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
+                is_last = attempt == self._connect_attempts or time.monotonic() + delay > give_up
+                if is_last or not self._may_mend(error):
+                    raise self._cannot_connect(error, attempt) from driver_error(error)
+                self._log_attempt(error, f"{attempt} of {self._connect_attempts}", delay)
+                await asyncio.sleep(delay)
 
     async def start(self, prepare: Callable[[], Awaitable[object]] | None = None) -> None:
         """Connect now, or in the background for as long as it takes: a service may start before its database.
@@ -303,7 +331,9 @@ class SQLAlchemySession(DatabaseSession):
 
         Raises:
             ConnectionLostError: the server refused the user or the database.
+            RuntimeError: it is connected in another event loop.
         """
+        await self._others_connecting()
         if self._starting is not None:
             return
         if self._is_connected:
@@ -311,8 +341,8 @@ class SQLAlchemySession(DatabaseSession):
                 await prepare()
             return
         known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pool.reserve(_not_there_yet)
-        self._starting = asyncio.create_task(self._keep_starting(prepare, known))
+        reservation = self._pool.reserve(_not_there_yet)
+        self._starting = asyncio.create_task(self._keep_starting(prepare, known, reservation))
         try:
             await asyncio.wait({known}, timeout=_START_PATIENCE)
             if known.done():
@@ -324,17 +354,19 @@ class SQLAlchemySession(DatabaseSession):
             raise
 
     async def _keep_starting(
-        self, prepare: Callable[[], Awaitable[object]] | None, known: "asyncio.Future[None]"
+        self, prepare: Callable[[], Awaitable[object]] | None, known: "asyncio.Future[None]", reservation: object
     ) -> None:
         """Connect, prepare, and let everybody in; ``known`` is what ``start()`` waits for."""
-        self._pool.enter()
         for attempt in count(1):
+            if not self._pool.is_reserved(reservation):
+                return  # a preparation has outlived disconnect()
             is_there = False
             try:
-                await self._open_first()
-                is_there = True
-                if prepare is not None:
-                    await prepare()
+                with self._pool.entered():
+                    await self._open_first()
+                    is_there = True
+                    if prepare is not None:
+                        await _uncancelled(prepare())
                 break
             except Exception as error:  # noqa: BLE001 - whatever a service's own code raises
                 if self._is_final(error, is_there, known):
@@ -348,11 +380,16 @@ class SQLAlchemySession(DatabaseSession):
             await asyncio.sleep(delay)
         if attempt > 1:
             logger.info("%s is there, at attempt %d", self._place(), attempt)
+        await self._let_everybody_in(reservation)
+        _settle(known)
+
+    async def _let_everybody_in(self, reservation: object) -> None:
         if self._replicas is not None:
             await self._replicas.start()
-        self._starting = None
-        self._pool.reopen()
-        _settle(known)
+        if self._pool.admit(reservation):
+            self._starting = None
+        elif self._replicas is not None:
+            await self._replicas.stop()
 
     def _is_final(self, error: Exception, is_there: bool, known: "asyncio.Future[None]") -> bool:
         """Whether to give up: after a failed preparation, or while ``start()`` can still say what is wrong."""
@@ -366,6 +403,7 @@ class SQLAlchemySession(DatabaseSession):
             return
         # Without its message, which may hold SQL and values.
         reason = error.detail if isinstance(error, BuildingBlocksError) else _reason(error, self.dialect)
+        self._is_connected, self._starting = False, None
         logger.error("preparing %s failed (%s); it stays unavailable", self._place(), reason)
 
     async def _open_first(self) -> None:
@@ -500,7 +538,7 @@ class SQLAlchemySession(DatabaseSession):
             failure = self._give_back_after(connection, error, statement)
             if self._may_replay(failure, error, statement):
                 return await self._replay(operation, statement, arguments, _REPLAYS)
-            if isinstance(failure, ConnectionLostError) and _may_write(statement):
+            if isinstance(failure, ConnectionLostError) and may_write(statement):
                 failure = write_unknown()  # a statement outside a transaction is its own COMMIT
             if failure is error:
                 raise
@@ -508,7 +546,7 @@ class SQLAlchemySession(DatabaseSession):
         except BaseException as error:
             self._pool.mend(connection)
             if connection.ran_out_of_time(error):
-                raise (write_unknown() if _may_write(statement) else out_of_time()) from None
+                raise (write_unknown() if may_write(statement) else out_of_time()) from None
             raise
         self._pool.release(connection)
         return answer
@@ -516,7 +554,7 @@ class SQLAlchemySession(DatabaseSession):
     def _may_replay(self, failure: Exception, error: Exception, statement: Any) -> bool:
         """Whether a single statement may run on another connection: a read of a dead one, or any of a stale plan."""
         if isinstance(failure, ConnectionLostError):
-            return bool(getattr(statement, "reads", False))
+            return is_read(statement) and not is_opaque(statement)
         return self.dialect.plan_is_stale(driver_error(error))
 
     async def _replay(self, operation: Operation, statement: Any, arguments: Any, replays: int) -> Any:
@@ -530,13 +568,13 @@ class SQLAlchemySession(DatabaseSession):
             if replays > 1 and self.dialect.plan_is_stale(driver_error(error)):
                 await asyncio.sleep(_REPLAY_PAUSE * (_REPLAYS - replays + 1))
                 return await self._replay(operation, statement, arguments, replays - 1)
-            if isinstance(failure, ConnectionLostError) and _may_write(statement):
+            if isinstance(failure, ConnectionLostError) and may_write(statement):
                 failure = write_unknown()
             raise failure from driver_error(error)
         except BaseException as error:
             self._pool.mend(connection)
             if connection.ran_out_of_time(error):
-                raise (write_unknown() if _may_write(statement) else out_of_time()) from None
+                raise (write_unknown() if may_write(statement) else out_of_time()) from None
             raise
         self._pool.release(connection)
         return answer
@@ -554,7 +592,7 @@ class SQLAlchemySession(DatabaseSession):
                 async with aclosing(operation(connection, statement, arguments)) as batches:
                     async for batch in batches:
                         begun = True
-                        connection.until = math.inf  # the consumer's time is its own
+                        connection.stop_clock()  # the consumer's time is its own
                         try:
                             yield batch
                         except GeneratorExit:
@@ -598,6 +636,7 @@ class SQLAlchemySession(DatabaseSession):
 
     def _give_back_after(self, connection: PooledConnection, error: Exception, statement: Any) -> Exception:
         """Return the connection after an error, or give it up, and say what to raise."""
+        connection.stop_clock()
         failure = translate(error, self.dialect, statement)
         if isinstance(failure, ConnectionLostError) or self.dialect.plan_is_stale(driver_error(error)):
             self._pool.discard(connection, distrust=True)
@@ -639,6 +678,7 @@ class SQLAlchemySession(DatabaseSession):
         self, connection: PooledConnection, statement: Any, parameters: Any
     ) -> AsyncGenerator[Any, None]:
         connection.intact = False
+        turn = connection.turn
         own = self.dialect.streams_in_transaction and not self.dialect.in_transaction(connection)
         if own:
             await self.dialect.begin(connection, None, True)
@@ -648,7 +688,8 @@ class SQLAlchemySession(DatabaseSession):
             while rows := await self.dialect.spawn(connection, result.fetchmany, 1000):
                 yield rows
         finally:
-            if result.cursor is not None:  # a cancelled call has closed it
+            # A cancelled call has closed it, and so has the end of a unit with its connection.
+            if result.cursor is not None and connection.turn == turn and connection.record.dbapi_connection is not None:
                 await greenlet_spawn(result.close)
         if own:
             await self.dialect.commit(connection)
@@ -670,6 +711,15 @@ class _UsersConnection(Connection):
                 pool: Any = self.engine.pool
                 pool.give_up(made, error)
             raise
+
+
+class _UsersEngine(OptionEngine):
+    """``session.engine``, and what its ``execution_options`` makes."""
+
+    _connection_cls = _UsersConnection
+
+
+_UsersEngine._option_cls = _UsersEngine
 
 
 class SQLAlchemyTransaction(TransactionBackend):
@@ -725,15 +775,21 @@ class SQLAlchemyTransaction(TransactionBackend):
         self._connection.start_clock(_LEAVE_TIMEOUT, heeds_deadline=False)
 
     def has_ended(self) -> bool:
-        return self._dialect.transactional_ddl and not self._dialect.in_transaction(self._connection)
+        connection = self._connection
+        if not self._dialect.transactional_ddl or self._dialect.is_dead(connection.driver):
+            return False
+        return not self._dialect.in_transaction(connection)
 
     def stop_clock(self) -> None:
-        self._connection.until = math.inf
+        self._connection.stop_clock()
 
     def ran_out_of_time(self, error: BaseException) -> StatementTimeoutError | None:
         return out_of_time() if self._connection.ran_out_of_time(error) else None
 
     async def commit(self) -> None:
+        if self._connection.record.dbapi_connection is None:
+            self._pool.mend(self._connection)
+            raise ConnectionLostError("the session was disconnected before the unit of work ended; nothing was kept")
         if self.has_ended():
             self._pool.mend(self._connection)
             raise RuntimeError("a COMMIT or ROLLBACK of its own ended the transaction before the unit of work did")
@@ -759,7 +815,7 @@ class SQLAlchemyTransaction(TransactionBackend):
             await self._dialect.rollback(self._connection)
         except BaseException as error:
             self._pool.mend(self._connection)
-            if not (isinstance(error, Exception) or self._connection.ran_out_of_time(error)):
+            if not (self._connection.ran_out_of_time(error) or isinstance(error, Exception)):
                 raise
             logger.debug("ROLLBACK failed; the connection is given up", exc_info=True)
         else:
@@ -833,16 +889,20 @@ def _not_there_yet() -> UnavailableError:
     return UnavailableError("the database is not available yet")
 
 
+async def _uncancelled(work: Awaitable[object]) -> None:
+    """Await it; if it is cancelled from within, that is a failure like any other."""
+    try:
+        await work
+    except asyncio.CancelledError as cancelled:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError("the preparation of the database was cancelled") from cancelled
+
+
 def _settle(known: "asyncio.Future[None]") -> None:
     if not known.done():
         known.set_result(None)
-
-
-def _may_write(statement: Any) -> bool:
-    """Whether a single statement may have changed something before its answer was lost."""
-    if isinstance(statement, sa.TextClause):
-        return not statement.text.lstrip("( \n\t").upper().startswith(_READS)
-    return not (getattr(statement, "reads", False) or getattr(statement, "is_select", False))
 
 
 def _not_opened(error: Exception, dialect: PortableDialect) -> Exception:

@@ -213,7 +213,8 @@ class UnitOfWork(Transaction):
     def _end_while_busy(self, error: BaseException | None) -> None:
         # Another task's statement, or an open stream, still uses the connection: nothing can be sent on it.
         self._state = _State.ENDED
-        self._backend.abandon()
+        if self._connection is not None:  # else that task is about to get one, and gives it up
+            self._backend.abandon()
         if error is None:
             raise RuntimeError("the unit of work ended while a statement or a stream was open; nothing was kept")
 
@@ -299,19 +300,25 @@ class UnitOfWork(Transaction):
             raise self._refusal()
         self._state = _State.BUSY
         try:
-            self._connection = await self._backend.begin()
+            connection = await self._backend.begin()
         except BaseException as error:
-            self._state = _State.FAILED
+            if self._state is _State.BUSY:
+                self._state = _State.FAILED
             self._cause = error
             self._whole_unit_failed = True
             raise
+        if self._state is not _State.BUSY:  # the unit has ended meanwhile
+            self._backend.abandon()
+            raise self._refusal()
+        self._connection = connection
         self._state = _State.READY
 
     def _failed(self, error: BaseException, statement: Any) -> BaseException:
         """Note the failure of a statement and return what to raise."""
         self._cause = error
         if self._state is not _State.BUSY:
-            return error  # the unit has ended meanwhile
+            # The unit has ended meanwhile, and whatever happened to the connection since is no answer.
+            return self._refusal() if isinstance(error, Exception) else error
         late = self._backend.ran_out_of_time(error)
         if late is not None or not isinstance(error, Exception):
             # Interrupted in the middle of a call: what the connection would answer next is unknown.
@@ -457,5 +464,6 @@ class _Savepoint:
             if failure is error:
                 raise
             raise failure from (failure.__cause__ or error)
-        unit._backend.stop_clock()
-        unit._state = _State.READY
+        if unit._state is not _State.BUSY:
+            raise unit._refusal()  # it has ended meanwhile
+        unit._settle()

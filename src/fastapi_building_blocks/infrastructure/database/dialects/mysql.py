@@ -283,7 +283,7 @@ class MySQLDialect(PortableDialect):
         self, table: sa.Table, row: Mapping[Any, Any], on: Sequence[str], written: Sequence[str], version: str | None
     ) -> Any:
         insert = mysql.insert(table).values(row)
-        same = sa.and_(*[table.columns[name].op("<=>")(insert.inserted[name]) for name in on])
+        same = sa.and_(*[table.columns[name].op("<=>")(_inserted(insert, name)) for name in on])
         guarded = table.columns[on[0]]
         # ON DUPLICATE KEY takes any unique key for a match. Where it is not the one that was meant, the guard
         # makes the statement fail, so that another row is never overwritten. A text that strict mode takes for no
@@ -291,14 +291,14 @@ class MySQLDialect(PortableDialect):
         refusal: Any = sa.literal_column(_TWO_ROWS)
         met = [
             (
-                sa.and_(*[column == insert.inserted[column.key] for column in columns]),
+                sa.and_(*[column == _inserted(insert, column.key) for column in columns]),
                 sa.cast(sa.literal_column(f"'upsert met key {place}'"), sa.Integer) + refusal,
             )
             for place, columns in enumerate(_unique_keys(table))
         ]
         guard = sa.func.if_(same, guarded, sa.case(*met, else_=refusal))
         changes: list[tuple[str, Any]] = [(guarded.key, guard)]
-        changes += [(name, insert.inserted[name]) for name in written]
+        changes += [(name, _inserted(insert, name)) for name in written]
         if version is not None:
             changes.append((version, table.columns[version] + sa.literal_column("1")))
         return insert.on_duplicate_key_update(changes)
@@ -332,6 +332,16 @@ def _unique_keys(table: sa.Table) -> list[list[sa.Column[Any]]]:
     ]
     groups = [list(item.columns) for item in [*constraints, *indexes]]
     return [list(table.primary_key.columns), *sorted(groups, key=lambda group: [column.name for column in group])]
+
+
+def _inserted(insert: mysql.Insert, name: str) -> Any:
+    """Return what an upsert would have inserted into a column."""
+    column = insert.inserted[name]
+    if "%" not in column.name:
+        return column
+    # SQLAlchemy doubles the percent sign of such a column twice: the database would look for another one.
+    quoted = column.name.replace("`", "``")
+    return sa.literal_column(f"VALUES(`{quoted}`)", column.type)
 
 
 def _bytes(text: Any) -> Any:
@@ -405,9 +415,9 @@ class AiomysqlDialect(MySQLDialect):
         return driver._result.insert_id
 
     async def execute_many(self, connection: PooledConnection, statement: Any, rows: Sequence[Row]) -> int:
-        touched = 0
+        touched, turn = 0, connection.turn
         for row in rows:
-            connection.next_statement()
+            connection.next_statement(turn)
             touched += await self.execute(connection, statement, row)
         return touched
 
@@ -419,13 +429,13 @@ class AiomysqlDialect(MySQLDialect):
         driver = connection.driver
         head, row_of, tail = parts
         pieces: list[str] = []
-        size = 0
+        size, turn = 0, connection.turn
         for row in rows:
             piece = row_of % _literals(driver, row)
             size += len(piece)
             if size > _LONGEST_STATEMENT and pieces:
                 await driver.query(f"{head}{','.join(pieces)}{tail}")
-                connection.next_statement()
+                connection.next_statement(turn)
                 pieces, size = [], len(piece)
             pieces.append(piece)
         await driver.query(f"{head}{','.join(pieces)}{tail}")

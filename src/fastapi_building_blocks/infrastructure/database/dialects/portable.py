@@ -4,6 +4,7 @@ A dialect answers four questions: how a statement runs on a connection, how a tr
 what its errors mean, and which SQL it needs where databases differ.
 """
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,8 +184,12 @@ class PortableDialect:
         try:
             while rows := await self.spawn(connection, cursor.fetchmany, size):
                 yield rows
-        finally:
+        except asyncio.CancelledError:
+            raise  # closing would wait for what was interrupted
+        except BaseException:
             await self.spawn(connection, cursor.close)
+            raise
+        await self.spawn(connection, cursor.close)
 
     async def command(self, connection: PooledConnection, sql: str) -> None:
         """Run a statement without parameters or answer."""
@@ -197,14 +202,17 @@ class PortableDialect:
                 cursor.execute(sql)
             else:
                 cursor.execute(sql, arguments)
-            return answer(cursor)
-        finally:
+            result = answer(cursor)
+        except Exception:  # after a cancellation, closing would wait for what was interrupted
             cursor.close()
+            raise
+        cursor.close()
+        return result
 
     def _run_many(self, connection: PooledConnection, sql: str, rows: Sequence[Row]) -> int:
-        touched = 0
+        touched, turn = 0, connection.turn
         for row in rows:
-            connection.next_statement()
+            connection.next_statement(turn)
             touched += self._run(connection, sql, row, _row_count)
         return touched
 

@@ -157,7 +157,8 @@ class PostgreSQLDialect(PortableDialect):
         return super().batches(connection, statement, arguments)
 
     def in_transaction(self, connection: PooledConnection) -> bool:
-        return bool(connection.driver.is_in_transaction())
+        driver = connection.driver
+        return not driver.is_closed() and bool(driver.is_in_transaction())  # what the driver dropped cannot be asked
 
     def is_dead(self, driver: Any) -> bool:
         return bool(driver.is_closed())
@@ -223,6 +224,20 @@ class PostgreSQLDialect(PortableDialect):
 
     def plan_is_stale(self, error: BaseException) -> bool:
         return type(error).__name__ == "InvalidCachedStatementError"  # its code means any feature not supported
+
+    def read(self, column: sa.Column[Any], processor: Processor | None) -> tuple[Any, Processor | None]:
+        # asyncpg takes five times as long to make these of PostgreSQL's binary form as Python does of the text, and fails
+        # without a word of ours where Python has no such moment.
+        quick: Processor
+        if processor is utc_from_aware:
+            quick = moment_from_iso
+        elif processor is None and isinstance(column.type, sa.DateTime):
+            quick = wall_clock_from_iso
+        elif processor is None and isinstance(column.type, ExactDecimal | sa.Numeric):
+            quick = Decimal
+        else:
+            return column, processor
+        return sa.cast(column, sa.Text).label(column.name), quick
 
     def text_search(self, operator: Operator, column: Any, operand: Any) -> Any:
         if operator is Operator.ICONTAINS:
@@ -311,8 +326,9 @@ def _are_distinct(statement: Any, rows: Sequence[Row]) -> bool:
 
 def _parts(connection: PooledConnection, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     """Cut rows into what goes through the pipeline at once; the time of a statement is not meant for all of them."""
+    turn = connection.turn
     for start in range(0, len(rows), _PIPELINE):
-        connection.next_statement()
+        connection.next_statement(turn)
         yield rows[start : start + _PIPELINE]
 
 
@@ -329,19 +345,6 @@ class AsyncpgDialect(PostgreSQLDialect):
 
     counts_by_returning = True
     streams_inserts = True
-
-    def read(self, column: sa.Column[Any], processor: Processor | None) -> tuple[Any, Processor | None]:
-        # asyncpg takes five times as long to make these of PostgreSQL's binary form as Python does of the text.
-        quick: Processor
-        if processor is utc_from_aware:
-            quick = moment_from_iso
-        elif processor is None and isinstance(column.type, sa.DateTime):
-            quick = wall_clock_from_iso
-        elif processor is None and isinstance(column.type, ExactDecimal | sa.Numeric):
-            quick = Decimal
-        else:
-            return column, processor
-        return sa.cast(column, sa.Text).label(column.name), quick
 
     async def fetch(self, connection: PooledConnection, statement: Any, arguments: Any) -> Sequence[Row]:
         return await connection.driver.fetch(statement.sql, *arguments)  # type: ignore[no-any-return]
@@ -384,12 +387,14 @@ class AsyncpgDialect(PostgreSQLDialect):
                 await connection.driver.executemany(sql, part)
             return len(rows)
         batch: list[Row] = []
-        count = 0
+        count, turn = 0, connection.turn
         async for row in rows:
             batch.append(row)
             if len(batch) == _BATCH:
+                connection.check_turn(turn)
                 count += await self._insert_one_by_one(connection, sql, batch)
                 batch = []
+        connection.check_turn(turn)
         return count + await self._insert_one_by_one(connection, sql, batch)
 
     async def command(self, connection: PooledConnection, sql: str) -> None:

@@ -1,10 +1,11 @@
 """SQLite, with aiosqlite: one thread a connection, one hop to it a call."""
 
 import asyncio
-import re
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
@@ -69,7 +70,44 @@ _PRAGMAS = (
 _PATIENCE = 0.1
 """Seconds that an interrupted statement may take to end by itself."""
 _GLOB_SPECIALS = str.maketrans({"*": "[*]", "?": "[?]", "[": "[[]"})
-_CLOSED = re.compile("closed|no active connection", re.IGNORECASE)
+_CLOSED = frozenset({"Connection closed", "no active connection", "Cannot operate on a closed database."})
+"""What aiosqlite and Python say of a connection that is closed; they have no code for it."""
+
+
+class _Cursor(sqlite3.Cursor):
+    """A cursor that may be closed after its connection: SQLAlchemy would log that as an error."""
+
+    def close(self) -> None:
+        with suppress(sqlite3.ProgrammingError):
+            super().close()
+
+
+class _Connection(sqlite3.Connection):
+    """A connection that can end what its cursors have begun, whoever holds them.
+
+    A cursor that is not read to its end keeps its locks, after ROLLBACK and even after the connection is closed, until
+    nobody holds it any more, not even the traceback of a cancelled task: https://www.sqlite.org/c3ref/close.html
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._cursors: WeakSet[sqlite3.Cursor] = WeakSet()
+
+    def cursor(self, factory: Any = _Cursor) -> Any:
+        cursor = super().cursor(factory)
+        self._cursors.add(cursor)
+        return cursor
+
+    def undo(self) -> None:
+        """Close every cursor, and end the transaction without keeping anything."""
+        for cursor in tuple(self._cursors):
+            cursor.close()
+        self.rollback()
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):  # it is closed already, or was interrupted
+            self.undo()
+        super().close()
 
 
 class SQLiteDialect(PortableDialect):
@@ -93,6 +131,9 @@ class SQLiteDialect(PortableDialect):
         # other's locks (SQLITE_LOCKED), so there is one, taken in turn.
         self.in_memory = url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
         return (1, 0) if self.in_memory else (pool_size, max_overflow)
+
+    def engine_arguments(self, url: URL) -> dict[str, Any]:
+        return {"connect_args": {"factory": _Connection}}
 
     def prepare(self, engine: AsyncEngine) -> None:
         @sa.event.listens_for(engine.sync_engine, "connect")
@@ -134,22 +175,30 @@ class SQLiteDialect(PortableDialect):
             await self.command(connection, "PRAGMA query_only = OFF")
 
     def in_transaction(self, connection: PooledConnection) -> bool:
-        return bool(connection.driver.in_transaction)
+        driver = connection.driver
+        try:
+            return driver._connection is not None and bool(driver.in_transaction)
+        except sqlite3.ProgrammingError:
+            return False  # its thread has just closed it
+
+    def is_dead(self, driver: Any) -> bool:
+        return driver._connection is None
 
     async def recover(self, connection: PooledConnection) -> bool:
-        # The thread finishes what it was given, or is stopped in it; the reset queues behind that.
+        # The thread finishes what it was given, or is stopped in it; the reset queues behind that. A cursor that nobody
+        # could close may still hold an old snapshot, on which no write can begin. So a new connection takes over, but
+        # for :memory:, where this one is the database.
         driver = connection.driver
-        reset = asyncio.ensure_future(driver._execute(_reset, driver._conn))
+        work = _reset if self.in_memory else _end
+        reset = asyncio.ensure_future(driver._execute(work, driver._conn))
         await asyncio.wait({reset}, timeout=_PATIENCE)
         if not reset.done():
             driver._conn.interrupt()
         try:
             await reset
         except sqlite3.OperationalError:  # the interrupt reached the reset itself
-            await driver._execute(_reset, driver._conn)
+            await driver._execute(work, driver._conn)
         connection.info.pop("query_only", None)
-        # A cursor that nobody could close may still hold an old snapshot, on which no write can begin. So a new
-        # connection takes over, but for :memory:, where this one is the database.
         return self.in_memory
 
     def error_code(self, error: BaseException) -> str | None:
@@ -162,13 +211,12 @@ class SQLiteDialect(PortableDialect):
         return isinstance(failure, DeadlockError)
 
     def classify(self, error: BaseException, statement: Any) -> Failure | None:
-        if isinstance(error, ValueError | sqlite3.ProgrammingError) and _CLOSED.search(str(error)):
-            return Failure(ConnectionLostError)
         if isinstance(error, OverflowError):
             return Failure(InvalidInputError)
         code = getattr(error, "sqlite_errorcode", None)
         if code is None:
-            return None
+            is_closed = isinstance(error, ValueError | sqlite3.Error) and str(error) in _CLOSED
+            return Failure(ConnectionLostError) if is_closed else None
         kind = _BY_EXTENDED_CODE.get(code) or _BY_CODE.get(code & 0xFF)
         if kind is None:
             return None
@@ -207,10 +255,15 @@ def _lower(text: str | None) -> str | None:
     return lower_case(text) if isinstance(text, str) else text
 
 
-def _reset(connection: sqlite3.Connection) -> None:
-    if connection.in_transaction:
-        connection.rollback()
+def _reset(connection: _Connection) -> None:
+    connection.undo()
     connection.execute("PRAGMA query_only = OFF")
+
+
+def _end(connection: _Connection) -> None:
+    """Close it in the same step: what its last user still sends would be kept after a ROLLBACK alone."""
+    connection.undo()
+    connection.close()
 
 
 class AiosqliteDialect(SQLiteDialect):

@@ -528,7 +528,9 @@ class BaseRepository(DeclaredRepository[T]):
         changes = {name: value for name, value in given.items() if name not in self._declaration.kept_by_update}
         if self.soft_delete_column is not None:
             changes.setdefault(self.soft_delete_column, self._deleted_mark(False))
-        changed = self._changed_row(before, changes)
+        # The database's upsert is an INSERT, to which SQLAlchemy applies no onupdate: what is not given stays.
+        kept = dict(zip(self._mapping.names, before, strict=True))
+        changed = self._changed_row(before, {**kept, **changes})
         await connection.replace(self._name, key, changed)
         return changed
 

@@ -382,13 +382,13 @@ class CachedRepository(Repository[T]):
             time_left()
             if not _is_generation(generation):
                 new = secrets.token_bytes(8)
-                if not await cache.exchange(plan.generation, generation, new, _GENERATION_SECONDS):
-                    generation, entry = await cache.get_many((plan.generation, lookup.key))
+                if await cache.exchange(plan.generation, generation, new, _GENERATION_SECONDS):
+                    generation = new
                     continue
-                generation = new
-            if HELD in (generation, entry):
+                # Somebody else has begun one, and may have kept the row in it.
+            elif HELD in (generation, entry):
                 return None
-            if _is_lease(entry, generation):
+            elif _is_lease(entry, generation):
                 # Another process loads it, or a load of this one that began before this call.
                 if asyncio.get_running_loop().time() > end:
                     return None
