@@ -1,5 +1,6 @@
 """Fixtures that give tests private databases on real servers, and the summary of which servers took part."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ BACKENDS = pytest.StashKey[Backends]()
 # A slow answer of a busy server is not a falsified property.
 hypothesis.settings.register_profile("servers", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("servers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_is_told_where_it_was_made() -> Iterator[None]:
+    """Collect what a module's tests left in cycles, so that what is unclosed there fails them, and not a later module's."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

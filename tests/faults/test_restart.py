@@ -1,8 +1,7 @@
 """P2: the server is killed (SIGKILL) and starts again under load, and nothing that it acknowledged is lost.
 
-It has failed on MariaDB 10.11.19: the server did not start again ("Data structure corruption"), or half a transaction was kept.
-The first is the server's own; of the second it is not proven, though plain PyMySQL has once seen a wrong total as well. So it is
-a server of the test's own, whose log does not reach back through what others did to it.
+MariaDB has a server of the test's own for each driver: what it does after a kill depends on all that its log holds, and the
+other tests' servers are not to be explained by what this one did to theirs.
 """
 
 import asyncio

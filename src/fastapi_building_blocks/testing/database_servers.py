@@ -354,6 +354,7 @@ class MariaDBServer(DatabaseServer):
             "innodb-log-file-size": _MARIADB_LOG_SIZE,
             "innodb-buffer-pool-size": "64M",
             "skip-name-resolve": "ON",
+            **_MARIADB_LOG_BY_WRITES,
         } | self._settings
         options = [f"--{name}={value}" for name, value in settings.items()]
         return [_mariadb_server(), "--no-defaults", *_mariadb_user(), *options]
@@ -510,6 +511,16 @@ class PgBouncerServer(DatabaseServer):
 
 
 _MARIADB_LOG_SIZE = "16M"
+_MARIADB_LOG_BY_WRITES: Mapping[str, object] = {
+    "loose-innodb-log-file-buffering": "ON",
+    "loose-innodb-log-file-mmap": "OFF",
+}
+"""How a MariaDB that is killed has to keep its log, to come back right: through the file system's cache.
+
+With its defaults (written past that cache, read through a mapping) 10.11.19 kept half a transaction, or did not start, in 6 of
+164 runs of 20 kills, though each transaction had come whole over one connection; with these in 0 of 136. What is
+acknowledged is on the disk either way. An older server leaves out what it does not know.
+"""
 
 
 class _Place:

@@ -42,6 +42,8 @@ Answer = TypeVar("Answer")
 
 _CLOSE_TIMEOUT = 2.0
 _RECOVER_TIMEOUT = 2.0
+_END_TIMEOUT = 5.0
+"""Seconds that the server may take to end what it runs for nobody. One KILL may take MariaDB two, and others wait behind it."""
 _LOOK_AGAIN = 0.1
 """Seconds between two looks at the connections that are lent."""
 _GRACE = 0.2
@@ -673,7 +675,8 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         try:
             async with asyncio.timeout(_RECOVER_TIMEOUT):
                 sound = connection.valid and await self.recover(connection)
-                if not sound and self.is_abandoned(connection):
+            if not sound and self.is_abandoned(connection):
+                async with asyncio.timeout(_END_TIMEOUT):
                     await self._end_abandoned(connection)
         except Exception:
             logger.debug("an interrupted connection could not be recovered", exc_info=True)
