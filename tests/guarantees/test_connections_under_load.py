@@ -20,7 +20,7 @@ from fastapi_building_blocks.infrastructure import SQLAlchemySession, UnitOfWork
 from tests.backends import Backends, str_of
 from tests.guarantees.ledger import Accounts, account, opened
 from tests.guarantees.mixed_work import BULK, Items, MixedWork, items, loaded
-from tests.server_view import until
+from tests.server_view import connections, until
 
 on_every_path = pytest.mark.parametrize(
     ("database_url", "portable"),
@@ -156,6 +156,22 @@ async def test_a_cancelled_statement_that_the_server_still_runs_costs_no_connect
         most = 4 if free or "postgres" in database_url else 5
         assert max(seen) <= most, f"connections seen, and how often: {sorted(seen.items())}"
         assert session.pool_status().idle <= 4
+
+
+@pytest.mark.parametrize("database_url", ["mysql", "asyncmy"], indirect=True)
+async def test_whoever_holds_a_connection_for_long_does_not_keep_the_others_waiting_for_a_cancelled_statement(
+    database_url: str,
+) -> None:
+    async with opened(database_url, pool_size=2, max_overflow=0, pool_timeout=4) as session:
+        await Accounts(session).add(account(1))
+        async with session.transaction() as unit:
+            await unit.execute(sa.text("SELECT 1"))
+            task = asyncio.create_task(session.execute(sa.text("SELECT SLEEP(20)")))
+            await asyncio.sleep(0.2)
+            task.cancel()
+            await asyncio.wait([task])
+            assert (await Accounts(session).get(1)).id == 1
+            await until(lambda: len(connections(database_url)) == 2)
 
 
 # ALTER TABLE

@@ -6,12 +6,14 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import make_url
+from sqlalchemy.util import await_
 
 from fastapi_building_blocks.domain import (
     BuildingBlocksError,
@@ -898,6 +900,66 @@ async def test_a_session_that_connects_while_its_last_calls_end_keeps_its_own_ti
         await asyncio.gather(holder, leaving)
     assert session.pool_status() == PoolStatus(size=5, checked_out=0, idle=1, waiting=0)
     await session.disconnect()
+
+
+def opens_slowly(session: SQLAlchemySession, seconds: float) -> None:
+    @sa.event.listens_for(session.engine.sync_engine, "connect")
+    def wait(_connection: Any, _record: Any) -> None:
+        await_(asyncio.sleep(seconds))
+
+
+async def test_whoever_has_a_connection_opened_while_the_session_is_disconnected_is_told(database_url: str) -> None:
+    session = SQLAlchemySession(database_url, shutdown_timeout=5)
+    await session.connect()
+    async with session.transaction() as unit:
+        await unit.execute(sa.text("SELECT 1"))
+        opens_slowly(session, 0.5)
+        late = asyncio.create_task(session.execute(sa.text("SELECT 1")))
+        await until(lambda: session.pool_status().checked_out == 2)
+    await session.disconnect()
+    with pytest.raises(RuntimeError, match="the session was disconnected"):
+        await late
+    assert session.pool_status() == PoolStatus(size=5, checked_out=0, idle=0, waiting=0)
+
+
+async def test_disconnecting_leaves_alone_what_a_session_that_connects_meanwhile_opens(sqlite_url: str) -> None:
+    session = SQLAlchemySession(sqlite_url, shutdown_timeout=0.3)
+    await session.connect()
+    async with AsyncExitStack() as units:
+        with suppress(ConnectionLostError):
+            async with session.transaction() as unit:
+                await unit.execute(sa.text("SELECT 1"))
+                leaving = asyncio.create_task(session.disconnect())
+                await asyncio.sleep(0.1)
+                await session.connect()
+                opens_slowly(session, 1.0)
+                others = [await units.enter_async_context(session.transaction(read_only=True)) for _ in range(2)]
+                await asyncio.gather(*[other.execute(sa.text("SELECT 1")) for other in others])
+                await leaving
+    await session.disconnect()
+
+
+async def test_one_connection_that_cannot_be_looked_at_leaves_the_others_their_time(sqlite_url: str) -> None:
+    request: ContextVar[str] = ContextVar("request")
+
+    def name_request(record: logging.LogRecord) -> bool:
+        record.request = request.get()  # nobody's: a LookupError
+        return True
+
+    told: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, what: told.append(what["exception"]))
+    pool_module.logger.addFilter(name_request)
+    try:
+        async with SQLAlchemySession(sqlite_url, statement_timeout=0.5, leak_threshold=0.1) as session:
+            async with session.transaction(read_only=True) as unit:
+                await unit.execute(sa.text("SELECT 1"))
+                await until(lambda: told)
+            async with asyncio.timeout(10):
+                with pytest.raises(StatementTimeoutError):
+                    await session.execute(NEVER_ENDING)
+    finally:
+        pool_module.logger.removeFilter(name_request)
+    assert [type(error) for error in told] == [LookupError]
 
 
 @pytest.mark.parametrize("by", ["unit", "engine"])

@@ -1,6 +1,7 @@
 """Which server a call goes to. Two files stand for a primary and its replica: what a read answers says where it was."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from fastapi_building_blocks.infrastructure.database.consistency import Consiste
 from fastapi_building_blocks.infrastructure.database.replicas import _History, _Shared
 from fastapi_building_blocks.infrastructure.database.statement_kinds import is_read
 from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
+from tests.server_view import until
 
 PRIMARY, REPLICA = 1, 2
 WHERE = sa.select(accounts.c.balance).where(accounts.c.id == 1)
@@ -270,6 +272,27 @@ async def test_c2_what_fails_on_a_replica_is_done_on_the_primary(session: SQLAlc
             if name != "unit":  # which has begun there
                 assert await read(session) == PRIMARY, name
     assert session.replica_status()[0].reads >= len(READS) - 1
+
+
+async def test_c2_a_replica_that_is_down_is_left_and_comes_back_though_nobody_could_be_told(
+    session: SQLAlchemySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise LookupError("whose request?")
+
+    async def fail() -> None:
+        raise ConnectionError("down")
+
+    [replica] = session._replicas._replicas
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_exception_handler", lambda context: None)
+    module.logger.addFilter(refuse)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(replica, "asked", _Shared(fail))
+            await until(lambda: not session.replica_status()[0].in_rotation)
+        await until(lambda: session.replica_status()[0].in_rotation)
+    finally:
+        module.logger.removeFilter(refuse)
 
 
 async def test_c2_a_replica_that_is_full_is_passed_over(urls: list[str]) -> None:

@@ -42,7 +42,7 @@ Answer = TypeVar("Answer")
 
 _CLOSE_TIMEOUT = 2.0
 _RECOVER_TIMEOUT = 2.0
-_END_TIMEOUT = 5.0
+_END_TIMEOUT = 4.0
 """Seconds that the server may take to end what it runs for nobody. One KILL may take MariaDB two, and others wait behind it."""
 _LOOK_AGAIN = 0.1
 """Seconds between two looks at the connections that are lent."""
@@ -52,7 +52,7 @@ _RECYCLE_JITTER = 0.1
 """What share of their age connections are replaced early, so that not all are at once."""
 _NEVER = math.inf
 _PATIENCE = 0.2
-"""Seconds that statements of cancelled callers may take to end by themselves, where there are no others."""
+"""Seconds that whoever ends what cancelled callers left running waits for a connection, before it takes one too many."""
 _ABORT_TIMEOUT = 0.3
 """Seconds that whatever runs on an aborted connection may take to notice."""
 _SPARE_LINGER = 30.0
@@ -274,7 +274,6 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         self._open = 0  # live connections, and places reserved for those being opened or closed
         self._waiters: deque[asyncio.Future[PooledConnection | None]] = deque()
         self._epoch = 0
-        self._abandoned = 0
         self._closed = True
         self._reserved: object | None = None
         self._refusal: Callable[[], Exception] = not_connected
@@ -439,24 +438,28 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     def _look(self) -> None:
         """Look at every connection once: for calls that are late, holders that forgot, and age."""
         now = time.monotonic()
+        loop = asyncio.get_running_loop()
         for connection in tuple(self._connections):
-            if connection.until <= now:
-                if not connection.is_late and self.interrupt(connection):
-                    connection.is_late = True
-                    connection.until = now + _GRACE
-                else:
-                    connection.cancel_call()
-            if connection.lent is not None and now - connection.lent[0] > self.leak_threshold:
-                logger.warning(
-                    "a database connection is held for more than %g s; it was taken at %s",
-                    self.leak_threshold,
-                    connection.lent[1],
-                )
-                connection.lent = None
+            try:
+                self._look_at(connection, now)
+            except Exception as error:  # noqa: BLE001 - say, a logging filter's; the others keep their clock
+                loop.call_exception_handler({"message": "a connection could not be looked at", "exception": error})
         self._retire()
         lends = self._open > len(self._idle)
-        again = asyncio.get_running_loop().call_later
-        self._watch = again(_LOOK_AGAIN, self._look, context=self._nobodys) if lends else None
+        self._watch = loop.call_later(_LOOK_AGAIN, self._look, context=self._nobodys) if lends else None
+
+    def _look_at(self, connection: PooledConnection, now: float) -> None:
+        if connection.until <= now:
+            was_asked, connection.is_late = connection.is_late, True
+            if not was_asked and self.interrupt(connection):
+                connection.until = now + _GRACE
+            else:
+                connection.cancel_call()
+        if connection.lent is not None and now - connection.lent[0] > self.leak_threshold:
+            (_, place), connection.lent = connection.lent, None
+            logger.warning(
+                "a database connection is held for more than %g s; it was taken at %s", self.leak_threshold, place
+            )
 
     def _retire(self) -> None:
         """Close the connections that are old, and those that are lent on their return."""
@@ -493,28 +496,30 @@ class ConnectionPool(AsyncAdaptedQueuePool):
                 waiter.set_exception(disconnected())
         self.renew()
         lent = set(self._connections)
+        begun = set(self._tasks)
         is_empty = await self._is_empty_within(patience, lent)
         if self._closed and self._watch is not None:  # until here it has ended calls that were late
             self._watch.cancel()
             self._watch = None
         # Without those of whoever has connected anew meanwhile.
         late = set() if is_empty else lent & self._connections
-        await self._abort(late)
+        await self._abort(late, begun)
         return len(late)
 
-    async def _abort(self, late: set[PooledConnection]) -> None:
-        """Drop connections that are lent, and end what runs in the background."""
+    async def _abort(self, late: set[PooledConnection], begun: set[asyncio.Task[Any]]) -> None:
+        """Drop connections that are lent, and end what runs in the background: what had ``begun``, if others go on."""
         for connection in late:
             connection.valid = False
-            self._in_background(self._drop(connection))
+            begun.add(self._in_background(self._drop(connection)))
         if await self._is_empty_within(_ABORT_TIMEOUT, late) and self._tasks:
             await asyncio.wait(tuple(self._tasks), timeout=_ABORT_TIMEOUT)
         for connection in late:  # whoever holds it still may do so for long
             self._forget(connection)
-        if self._tasks:
-            for task in self._tasks:
+        await asyncio.sleep(0)  # what is cancelled before it has begun could not clean up
+        if ending := self._tasks.copy() if self._closed else self._tasks & begun:
+            for task in ending:
                 task.cancel()
-            await asyncio.wait(tuple(self._tasks), timeout=_ABORT_TIMEOUT)
+            await asyncio.wait(ending, timeout=_ABORT_TIMEOUT)
 
     async def _drop(self, connection: PooledConnection) -> None:
         """End what runs on a connection, where that is possible, and close it under whoever holds it."""
@@ -603,16 +608,23 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             raise
         if opening.cancelled():  # by drain(): that is not the caller's own end
             raise disconnected()
-        return opening.result()
+        connection = opening.result()
+        if self._closed:  # meanwhile; the clock of its call would be nobody's
+            self.release(connection)
+            raise disconnected()
+        return connection
 
     async def _open_in_time(self) -> PooledConnection:
+        epoch = self._epoch
         try:
             async with asyncio.timeout(self.connect_timeout):
                 record = await greenlet_spawn(self._create_connection)
         except BaseException:
             self._free_place()
             raise
-        return self._wrap(record)
+        connection = self._wrap(record)
+        connection.epoch = epoch  # whoever has doubted them all meanwhile has doubted this one as well
+        return connection
 
     def _keep(self, opening: asyncio.Task[PooledConnection]) -> None:
         """Keep the connection whose caller did not wait for it."""
@@ -690,7 +702,6 @@ class ConnectionPool(AsyncAdaptedQueuePool):
 
     async def _end_abandoned(self, connection: PooledConnection) -> None:
         """Have the server end what it runs for nobody: until then the connection counts there, whoever closed it here."""
-        self._abandoned += 1
         helper = None
         try:
             helper = await self._take_first()
@@ -700,23 +711,24 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             if helper is not None:
                 self.discard(helper)
             raise
-        finally:
-            self._abandoned -= 1
 
     async def _take_first(self) -> PooledConnection:
-        """Return a connection before all who wait for one."""
+        """Return a connection before all who wait for one; one too many for a moment, where none comes back soon."""
         self.check_open()
         connection = self.take()
         if connection is not None:
             return connection
-        if self._open >= self.limit:
-            if self._abandoned < self._open:
-                waiter: asyncio.Future[PooledConnection | None] = asyncio.get_running_loop().create_future()
-                self._waiters.appendleft(waiter)
-                connection = await self._served(waiter)
+        while self._open >= self.limit:
+            waiter: asyncio.Future[PooledConnection | None] = asyncio.get_running_loop().create_future()
+            self._waiters.appendleft(waiter)
+            try:
+                async with asyncio.timeout(_PATIENCE):
+                    connection = await self._served(waiter)
+            except TimeoutError:
+                if self._open <= self.limit:  # else somebody has taken that one, for the same
+                    break
+            else:
                 return connection if connection is not None else await self._open_one()
-            # Nobody will return one. Unless what they run ends by itself, it takes one too many for a moment.
-            await asyncio.sleep(_PATIENCE)
         self._open += 1
         return await self._open_one()
 

@@ -341,8 +341,8 @@ class ReplicaSet:
         await asyncio.wait({asking}, timeout=_LOOK_TIMEOUT)
         if not _has_answer(asking):
             error = asking.exception() if asking.done() and not asking.cancelled() else None
-            self._leave(replica, "it does not answer" if error is None else f"it cannot be asked: {error}")
             replica.cut()
+            self._leave(replica, "it does not answer" if error is None else f"it cannot be asked: {error}")
             return False
         self._judge(replica, asking.result())
         return True
@@ -363,10 +363,11 @@ class ReplicaSet:
             logger.info("replica %s is read from", replica.name)
 
     def _leave(self, replica: "Replica", reason: str) -> None:
-        if replica.in_rotation or replica.reason == _UNSEEN:
-            logger.warning("replica %s is not read from: %s", replica.name, reason)
+        is_news = replica.in_rotation or replica.reason == _UNSEEN
         replica.in_rotation, replica.reason = False, reason
         self._rotation = [one for one in self._replicas if one.in_rotation]
+        if is_news:
+            logger.warning("replica %s is not read from: %s", replica.name, reason)
 
     async def _watch(self) -> None:
         await asyncio.gather(self._watch_primary(), *[self._watch_replica(replica) for replica in self._replicas])
@@ -387,7 +388,11 @@ class ReplicaSet:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(replica.suspected.wait(), _LOOK_AGAIN - _LOOK_AGAIN_AT_ONCE)
             replica.suspected.clear()
-            failures = 0 if await self._look_at(replica) else min(failures + 1, 10)
+            try:
+                failures = 0 if await self._look_at(replica) else min(failures + 1, 10)
+            except Exception as error:  # noqa: BLE001 - say, a logging filter's; it is looked at again
+                told = {"message": f"replica {replica.name} could not be looked at", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(told)
 
 
 class Replica:

@@ -419,15 +419,16 @@ class SQLAlchemySession(DatabaseSession):
     async def disconnect(self) -> None:
         """Close the pool; what is in use may finish within ``shutdown_timeout``, and is then closed all the same.
 
-        It always ends, half a second after that at the latest. A unit of work that was cut off has kept nothing.
+        It always ends, a second after that at the latest. A unit of work that was cut off has kept nothing.
         """
         self._is_connected = False
+        end = time.monotonic() + self._shutdown_timeout
         starting, self._starting = self._starting, None
         if starting is not None:
             starting.cancel()
             await asyncio.wait({starting}, timeout=self._shutdown_timeout)
         closing = [] if self._replicas is None else [asyncio.create_task(self._replicas.stop())]
-        late = await self._pool.drain(self._shutdown_timeout)
+        late = await self._pool.drain(max(0.0, end - time.monotonic()))
         if late:
             logger.warning(
                 "%d connections to %s were still in use after %g s, and are closed",
