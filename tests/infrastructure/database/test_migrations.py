@@ -14,11 +14,13 @@ from alembic.config import Config
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from fastapi_building_blocks.domain import UnavailableError
-from fastapi_building_blocks.infrastructure import SQLAlchemySession
+from fastapi_building_blocks.domain import ConnectionLostError, DeadlineExceededError, UnavailableError
+from fastapi_building_blocks.infrastructure import SQLAlchemySession, deadline
+from fastapi_building_blocks.infrastructure.database import migrations
 from fastapi_building_blocks.infrastructure.database.dialects.postgresql import PostgreSQLDialect
 from fastapi_building_blocks.infrastructure.database.migrations import downgrade, upgrade
 from fastapi_building_blocks.infrastructure.database.plain_types import adapt_dialect
+from fastapi_building_blocks.testing import FaultProxy
 from tests.backends import run_apart
 
 MODULE = "fastapi_building_blocks.infrastructure.database.migrations"
@@ -248,6 +250,44 @@ async def test_a_server_that_is_not_there_is_unavailable(scheme: str, tmp_path: 
     directory = write_environment(tmp_path, CREATE)
     with pytest.raises(UnavailableError):
         await upgrade(f"{scheme}://u:p@127.0.0.1:1/name", directory)
+
+
+@pytest.mark.parametrize("database_url", ["postgres", "mysql", "asyncmy"], indirect=True)
+@pytest.mark.parametrize("falls_silent", ["at once", "before the lock"])
+@pytest.mark.parametrize("failure", [ConnectionLostError, DeadlineExceededError])
+async def test_a_server_that_says_nothing_is_not_waited_for(
+    database_url: str, falls_silent: str, failure: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    directory = write_environment(tmp_path, CREATE)
+    wait_for_others, place = migrations._wait_for_others, sa.make_url(database_url)
+    async with FaultProxy(place.host or "", place.port or 0) as proxy, asyncio.timeout(10):
+
+        async def wait_in_vain(*arguments: Any) -> None:
+            proxy.blackhole()
+            await wait_for_others(*arguments)
+
+        monkeypatch.setattr(migrations, "_wait_for_others", wait_in_vain)
+        if falls_silent == "at once":
+            proxy.blackhole()
+        session = SQLAlchemySession(proxy.url(database_url), connect_timeout=1.0)
+        with deadline(0.5 if failure is DeadlineExceededError else 30.0), pytest.raises(failure):
+            await upgrade(session, directory)
+
+
+async def test_who_waits_for_another_migration_heeds_the_deadline(postgres_url: str, tmp_path: Path):
+    directory = write_environment(tmp_path, CREATE)
+    engine = create_async_engine(postgres_url, poolclass=NullPool)
+    async with engine.connect() as other, asyncio.timeout(10):
+        assert await other.scalar(sa.text(PostgreSQLDialect.migration_lock or "")) == 1
+        with deadline(1.0), pytest.raises(DeadlineExceededError):
+            await upgrade(postgres_url, directory)
+
+
+async def test_a_migration_may_take_longer_than_the_time_to_connect(postgres_url: str, tmp_path: Path):
+    directory = write_environment(tmp_path, f"op.execute('SELECT pg_sleep(1.1)'); {CREATE}")
+    with deadline(1.0):
+        await upgrade(SQLAlchemySession(postgres_url, connect_timeout=1.0), directory)
+    assert await on_connection(postgres_url, tables) == {"things", "alembic_version"}
 
 
 async def test_a_migration_that_is_refused_shows_no_values(sqlite_url: str, tmp_path: Path):

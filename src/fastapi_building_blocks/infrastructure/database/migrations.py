@@ -6,8 +6,10 @@
 
 import asyncio
 import logging.config
+import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from sqlalchemy.pool import NullPool
 
 from fastapi_building_blocks.domain.errors import UnavailableError, UnsupportedOperationError
 
+from .deadlines import time_left
 from .dialects import Timeouts, dialect_for
 from .plain_types import adapt_dialect
 from .sqlalchemy_errors import driver_error, translate
@@ -49,7 +52,7 @@ async def upgrade(database: str | sa.URL | SQLAlchemySession, directory: str | P
 
     What runs is one transaction where the database has transactional DDL (PostgreSQL, SQLite, SQL Server): a migration
     that fails leaves nothing behind. MySQL and MariaDB commit every DDL statement as it runs. No statement timeout
-    applies, because an index may take its time.
+    applies, because an index may take its time; the connect timeout and a deadline bound what comes before it.
 
     Args:
         database: its URL, or a session of it: connected, where the database is in memory and so the session's alone.
@@ -59,6 +62,7 @@ async def upgrade(database: str | sa.URL | SQLAlchemySession, directory: str | P
 
     Raises:
         UnavailableError: the database cannot be reached, or another process has been migrating it for ten minutes.
+        DeadlineExceededError: the deadline around the call has passed before the migration could begin.
         UnsupportedOperationError: the session goes through PgBouncer.
     """
     await _run_command(command.upgrade, database, directory, revision)
@@ -74,6 +78,7 @@ async def downgrade(database: str | sa.URL | SQLAlchemySession, directory: str |
 
     Raises:
         UnavailableError: the database cannot be reached, or another process has been migrating it for ten minutes.
+        DeadlineExceededError: the deadline around the call has passed before the migration could begin.
         UnsupportedOperationError: the session goes through PgBouncer.
     """
     await _run_command(command.downgrade, database, directory, revision)
@@ -139,6 +144,7 @@ async def _run_command(
             "itself, not a session behind PgBouncer"
         )
     url = database.engine.url if isinstance(database, SQLAlchemySession) else sa.make_url(database)
+    patience = database.dialect.timeouts.connect if isinstance(database, SQLAlchemySession) else _NO_TIMEOUTS.connect
     if isinstance(database, SQLAlchemySession) and database.dialect.in_memory:
         async with database.engine.connect() as connection:
             # A batch drops the table that it has copied; rows that refer to it are to stay.
@@ -151,7 +157,7 @@ async def _run_command(
                 await connection.exec_driver_sql("PRAGMA foreign_keys = ON")
     else:
         try:
-            await _on_own_connection(url, run)
+            await _on_own_connection(url, run, patience)
         except (DBAPIError, OSError) as error:
             # What was refused is for whoever wrote the migration, in the database's words.
             failure = translate(error, dialect_for(url, _NO_TIMEOUTS))
@@ -160,18 +166,22 @@ async def _run_command(
             raise
 
 
-async def _on_own_connection(url: str | sa.URL, work: Callable[[sa.Connection], None]) -> None:
+async def _on_own_connection(
+    url: str | sa.URL, work: Callable[[sa.Connection], None], patience: float = _NO_TIMEOUTS.connect
+) -> None:
     engine = create_async_engine(url, poolclass=NullPool, hide_parameters=True)
     adapt_dialect(engine.dialect)
     if engine.dialect.name == "sqlite":
         _begin_explicitly(engine)
-    async with engine.connect() as connection:
-        await _wait_for_others(connection)
+    async with _answered_within(patience):
+        connection = await engine.connect()
+    async with aclosing(connection):
+        await _wait_for_others(connection, patience)
         await connection.run_sync(work)
         await connection.commit()
 
 
-async def _wait_for_others(connection: AsyncConnection) -> None:
+async def _wait_for_others(connection: AsyncConnection, patience: float) -> None:
     """Take the lock under which a database is migrated; it ends with the connection."""
     lock = dialect_for(connection.engine.url, _NO_TIMEOUTS).migration_lock
     if lock is None:
@@ -179,15 +189,29 @@ async def _wait_for_others(connection: AsyncConnection) -> None:
     give_up = time.monotonic() + _LOCK_WINDOW
     has_waited = False
     # Asked again and again, since a query that waits keeps a snapshot, for which CREATE INDEX CONCURRENTLY would wait.
-    while not await connection.scalar(sa.text(lock)):
-        await connection.rollback()
+    while True:
+        async with _answered_within(patience):
+            is_ours = await connection.scalar(sa.text(lock))
+            await connection.commit()
+        if is_ours:
+            return
         if time.monotonic() > give_up:
             raise UnavailableError("another process has been migrating the database for too long")
         if not has_waited:
             logger.info("waiting for another process that migrates the database")
         has_waited = True
         await asyncio.sleep(_LOCK_DELAY)
-    await connection.commit()
+
+
+@asynccontextmanager
+async def _answered_within(patience: float) -> AsyncIterator[None]:
+    """Bound what a database that is there answers at once, by seconds and the deadline around the call."""
+    try:
+        async with asyncio.timeout(min(patience, time_left() or math.inf)):
+            yield
+    except TimeoutError:
+        time_left()  # raises if it was the deadline
+        raise
 
 
 def _begin_explicitly(engine: AsyncEngine) -> None:
