@@ -355,3 +355,39 @@ async def test_the_end_waits_for_a_client_that_is_given_up(redis_url: str, monke
     giving_up.cancel()  # as the end cancels the watcher
     await cache.disconnect()
     assert closed == [client]
+
+
+@pytest.mark.parametrize("turns", [1, 2], ids=["about to be sent", "in a task that has not begun"])
+async def test_a_call_that_the_end_overtakes_is_answered_and_the_next_beginning_sends(
+    redis_url: str, key: str, turns: int
+):
+    cache = RedisCache(redis_url, timeout=2.0)
+    await cache.connect()
+    call = asyncio.ensure_future(cache.get_many([key]))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await cache.disconnect()
+    async with asyncio.timeout(5):
+        with pytest.raises(CacheUnavailable):
+            await call
+        async with cache:
+            assert await cache.get_many([key]) == [None]
+
+
+async def test_what_waits_for_its_turn_at_the_end_is_not_sent(cache: RedisCache, monkeypatch: pytest.MonkeyPatch):
+    sent: list[Any] = []
+
+    async def execute(commands: Any, **_how: Any) -> Any:
+        sent.extend(commands)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(cache, "_execute", execute)
+    calls = [asyncio.ensure_future(cache.get_many(["first"]))]
+    await until(lambda: sent)
+    calls.append(asyncio.ensure_future(cache.get_many(["second"])))
+    await asyncio.sleep(0)
+    await cache.disconnect()
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [CacheUnavailable] * 2
+    assert sent == [("MGET", "first")]
+    assert not cache._tasks

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -233,14 +234,26 @@ class RedisCache(Cache):
         return await answer
 
     def _send(self) -> None:
+        if self._is_sending:
+            return
+        if self._is_closed:
+            self._fail_turn()
+            return
         turn, self._turn = self._turn, None
-        if turn is None or self._is_sending:
-            self._turn = turn
+        if turn is None:
             return
         self._is_sending = True
         task = asyncio.ensure_future(self._send_turn(turn))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._end_turn, turn))
+
+    def _end_turn(self, turn: "_Turn", task: asyncio.Task[None]) -> None:
+        # Not by the task itself: one that is cancelled before its first step does nothing.
+        self._tasks.discard(task)
+        self._is_sending = False
+        if task.cancelled():
+            turn.fail()
+        self._send()
 
     async def _send_turn(self, turn: "_Turn") -> None:
         keys = list(turn.keys)
@@ -262,16 +275,9 @@ class RedisCache(Cache):
             turn.fail()
             self.figures.errors += 1
             self._lose(error)
-        except BaseException:
-            turn.fail()
-            raise
         else:
             self._last_answer = time.monotonic()
             turn.answer(answers, [None if isinstance(value, Exception) else value for value in values])
-        finally:
-            self._is_sending = False
-            if self._turn is not None:
-                self._send()
 
     def _parts(self, commands: list[Command], keys: list[str]) -> list[list[Command]]:
         """Return the commands and the reads in parts so short that only Redis can be too slow for the timeout."""
