@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from fastapi_building_blocks.infrastructure import BaseRepository, InMemorySession
+from fastapi_building_blocks.domain import DeadlineExceededError
+from fastapi_building_blocks.infrastructure import BaseRepository, InMemorySession, SQLAlchemyRepository, deadline
 from fastapi_building_blocks.testing import FaultProxy
 from tests.faults.databases import address_of
 from tests.guarantees.ledger import Account, Accounts, account, accounts, opened
@@ -153,3 +154,110 @@ async def test_t7_a_stream_that_is_cancelled_in_the_middle_of_an_answer_logs_no_
 
 async def read_all(stream: AsyncIterator[Any]) -> int:
     return len([row async for row in stream])
+
+
+ENDLESS = sa.text(
+    "CREATE VIEW endless AS SELECT id, number, owner, CASE WHEN id < 1100 THEN 0 ELSE "
+    "(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n) END AS balance FROM accounts"
+)
+"""Its second batch of a thousand rows never comes."""
+endless = accounts.to_metadata(sa.MetaData(), name="endless")
+
+
+class Endless(SQLAlchemyRepository[Account]):
+    table = endless
+
+
+@pytest.fixture(params=["file", "in memory"])
+def place(request: pytest.FixtureRequest, sqlite_url: str) -> str:
+    return sqlite_url if request.param == "file" else "sqlite+aiosqlite://"
+
+
+@pytest.fixture(params=["repository", "portable repository", "Core"])
+async def reader(request: pytest.FixtureRequest, place: str) -> AsyncIterator[tuple[Any, Any, list[Any]]]:
+    """A session of SQLite, what reads the endless stream there or in a unit, and what that has read."""
+    seen: list[Any] = []
+
+    async def read(place: Any) -> None:
+        stream = place.stream(sa.select(endless)) if request.param == "Core" else Endless(place).stream()
+        async with aclosing(stream):
+            async for row in stream:
+                seen.append(row)  # noqa: PERF401 - the test looks at them meanwhile
+
+    async with opened(place, portable=request.param.startswith("portable"), shutdown_timeout=0.1) as session:
+        await Accounts(session).add_many([account(number) for number in range(1200)])
+        await session.execute(ENDLESS)
+        yield session, read, seen
+
+
+async def assert_at_rest(session: Any) -> None:
+    """Nothing of what was interrupted holds the write lock, and nothing of it was kept."""
+    async with asyncio.timeout(2):
+        await Accounts(session).add(account(3000))
+        assert await Accounts(session).count() == 1201
+        await until(lambda: session.pool_status().checked_out == 0)
+
+
+@pytest.mark.parametrize("in_a_unit", [False, True], ids=["alone", "unit"])
+async def test_t7_a_cancelled_stream_of_sqlite_does_not_wait_for_its_statement(
+    reader: tuple[Any, Any, list[Any]], in_a_unit: bool
+) -> None:
+    session, read, seen = reader
+
+    async def work() -> None:
+        if not in_a_unit:
+            await read(session)
+        async with session.transaction() as unit:
+            await Accounts(unit).add(account(2000))
+            await read(unit)
+
+    task = asyncio.create_task(work())
+    await until(lambda: len(seen) == 1000)
+    task.cancel()
+    await asyncio.wait({task}, timeout=5)
+    assert task.cancelled()
+    await assert_at_rest(session)
+
+
+async def test_t7_a_unit_of_sqlite_may_go_back_after_its_stream_was_cancelled(
+    reader: tuple[Any, Any, list[Any]],
+) -> None:
+    session, read, seen = reader
+
+    async def work() -> None:
+        async with session.transaction() as unit:
+            await Accounts(unit).add(account(2000))
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await read(unit)
+            await unit.rollback()
+
+    task = asyncio.create_task(work())
+    await asyncio.wait({task}, timeout=5)
+    assert task.done()
+    await task
+    assert len(seen) == 1000
+    await assert_at_rest(session)
+
+
+@pytest.mark.parametrize("in_a_unit", [False, True], ids=["alone", "unit"])
+async def test_t7_nor_does_a_late_stream_of_sqlite_that_could_not_be_interrupted(
+    reader: tuple[Any, Any, list[Any]], in_a_unit: bool
+) -> None:
+    session, read, seen = reader
+    session.pool.interrupt = lambda _: False
+
+    async def work() -> None:
+        with deadline(0.5):
+            if not in_a_unit:
+                await read(session)
+            async with session.transaction() as unit:
+                await Accounts(unit).add(account(2000))
+                await read(unit)
+
+    task = asyncio.create_task(work())
+    await asyncio.wait({task}, timeout=5)
+    assert task.done()
+    assert isinstance(task.exception(), DeadlineExceededError)
+    assert len(seen) == 1000
+    await assert_at_rest(session)

@@ -688,10 +688,13 @@ class SQLAlchemySession(DatabaseSession):
         try:
             while rows := await self.dialect.spawn(connection, result.fetchmany, 1000):
                 yield rows
-        finally:
-            # A cancelled call has closed it, and so has the end of a unit with its connection.
+        except asyncio.CancelledError:
+            raise  # closing would wait for what was interrupted
+        except BaseException:
+            # The end of a unit has closed it with its connection.
             if result.cursor is not None and connection.turn == turn and connection.record.dbapi_connection is not None:
                 await greenlet_spawn(result.close)
+            raise
         if own:
             await self.dialect.commit(connection)
 

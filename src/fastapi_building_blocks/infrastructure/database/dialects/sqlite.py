@@ -301,9 +301,12 @@ class AiosqliteDialect(SQLiteDialect):
         try:
             while rows := await self._call(connection, _fetch_some, cursor, size):
                 yield rows
-        finally:
+        except asyncio.CancelledError:
+            raise  # closing would wait for what was interrupted
+        except BaseException:
             if connection.valid:  # given up meanwhile, it is closed and the cursor with it
                 await connection.driver._execute(cursor.close)
+            raise
 
 
 def _fetch(connection: sqlite3.Connection, sql: str, arguments: Any) -> list[Any]:
