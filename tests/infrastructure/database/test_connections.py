@@ -922,6 +922,17 @@ async def test_whoever_has_a_connection_opened_while_the_session_is_disconnected
     assert session.pool_status() == PoolStatus(size=5, checked_out=0, idle=0, waiting=0)
 
 
+async def test_a_connection_that_was_doubted_while_it_was_opened_is_not_lent_again(sqlite_url: str) -> None:
+    async with SQLAlchemySession(sqlite_url) as session, session.transaction(read_only=True) as unit:
+        await unit.execute(sa.text("SELECT 1"))
+        opens_slowly(session, 0.3)
+        late = asyncio.create_task(session.execute(sa.text("SELECT 1")))
+        await until(lambda: session.pool_status().checked_out == 2)
+        session.pool.renew()
+        await late
+        await until(lambda: session.pool_status() == PoolStatus(size=5, checked_out=1, idle=0, waiting=0))
+
+
 async def test_disconnecting_leaves_alone_what_a_session_that_connects_meanwhile_opens(sqlite_url: str) -> None:
     session = SQLAlchemySession(sqlite_url, shutdown_timeout=0.3)
     await session.connect()

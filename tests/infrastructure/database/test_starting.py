@@ -269,12 +269,21 @@ async def test_a_preparation_that_outlives_disconnect_lets_nobody_in(
                 continue
         has_ended.set()
 
+    left: list[float] = []
+    drain = session.pool.drain
+
+    async def note(patience: float) -> int:
+        left.append(patience)
+        return await drain(patience)
+
+    monkeypatch.setattr(session.pool, "drain", note)
     await session.start(prepare)
     await session.disconnect()
     go_on.set()
     await has_ended.wait()
     await asyncio.sleep(0.05)
     assert not session.is_connected
+    assert max(left) < 0.5, "the time is spent once"
     with pytest.raises(RuntimeError, match=r"await session\.connect\(\) first"):
         await session.ping()
 
